@@ -15,7 +15,7 @@ CODE = open(__file__, encoding="utf-8").read()
 #                   Setup                   #
 #############################################
 import argparse, collections, contextlib, copy, hashlib, importlib.metadata, itertools, json, math, os
-import pathlib, platform, re, resource, socket, subprocess, sys, time, zipfile
+import pathlib, platform, re, resource, socket, subprocess, sys, tempfile, time, zipfile
 
 START = time.perf_counter()
 SCRIPT = pathlib.Path(__file__).resolve()
@@ -192,7 +192,7 @@ class CifarLoader:
 #                   Model                   #
 #############################################
 class BatchNorm(nn.BatchNorm2d):
-    """Norm with a trainable bias and the scale fixed at 1, and statistics of its own for every ghost batch."""
+    """Norm with a trainable bias and scale fixed at 1, and statistics of its own for every ghost batch."""
     def __init__(self, channels):
         super().__init__(channels)
         self.weight.requires_grad = False
@@ -292,17 +292,16 @@ def print_training_details(columns, row):
 
 def environment(device):
     """Machine and versions as a flat dict; None is what could not be found out."""
-    def ask(command):
-        code, answer = subprocess.getstatusoutput(command)
-        return None if code else answer
-    gpu, cpu = device.type == "cuda", re.search("model name.*: (.*)", CPUINFO)
-    smi = "nvidia-smi --id=0 --format=csv,noheader,nounits --query-gpu="
+    ask, gpu = subprocess.getoutput, device.type == "cuda"
+    smi = "2>/dev/null nvidia-smi --id=0 --format=csv,noheader,nounits --query-gpu="
+    cpu = re.search("model name.*: (.*)", CPUINFO)
     versions = {name: importlib.metadata.version(name) for name in "torch torchvision numpy triton".split()}
     return dict(gpu=torch.cuda.get_device_name() if gpu else None, cpu=cpu[1] if cpu else platform.machine(),
-                power_limit_w=ask(smi + "power.limit") if gpu else None, cpu_threads=torch.get_num_threads(),
-                driver=ask(smi + "driver_version") if gpu else None, cuda=torch.version.cuda,
-                cudnn=torch.backends.cudnn.version(), **versions, python=platform.python_version(),
-                git=ask(f"git -C '{SCRIPT.parent}' describe --always --dirty --exclude='*'"))
+                power_limit_w=gpu and ask(smi + "power.limit") or None, cpu_threads=torch.get_num_threads(),
+                driver=gpu and ask(smi + "driver_version") or None, cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version(), python=platform.python_version(), **versions,
+                dtype="bfloat16 autocast" if not gpu and "bf16" in CPUINFO else str(DTYPE[device.type])[6:],
+                git=ask(f"git -C '{SCRIPT.parent}' describe --always --dirty 2>/dev/null") or None)
 
 def t_sf(t, df):
     """P(T > t) of Student's t; the density of a in t = sqrt(df) tan(a) is proportional to cos(a)**(df - 1)"""
@@ -376,7 +375,7 @@ def autocast(device):
 
 def peak_flops(device):
     """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
-    timer, n = Timer(), 8192 if device.type == "cuda" else 2048
+    timer, n = Timer(), 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=DTYPE[device.type])
     for trial in range(11):  # the first lap holds the set-up too
         with autocast(device):
@@ -438,7 +437,7 @@ def main(args):
     timer, device = Timer(), torch.device(args.device or found)
     out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    open(out, "a").close()  # better to learn of a wrong --out now
+    tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
     timer.lap("import")
     name, *sets = load_data(args.data)
     digest = hashlib.sha256(b"".join(s[key].numpy().tobytes() for s in sets for key in ("images", "labels")))
@@ -450,7 +449,7 @@ def main(args):
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     model, peak, env = make_model(device), peak_flops(device), environment(device)
     nominal, executed = count_pflops(model, n_train, n_test)
-    env["gpu"] or print(f"CPU with {env['cpu_threads']} threads: {executed * 2e13 / peak:.0f} min a run")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: {executed * 2e13 / peak:.0f} min a run")
     series = json.dumps([SHA256, HYP, args.seed, digest.hexdigest(), env["gpu"], env["cpu"], args.no_compile])
     partial = out.with_name(f"{out.name}.{hashlib.sha256(series.encode()).hexdigest()[:8]}.partial")
     runs = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
@@ -470,10 +469,11 @@ def main(args):
         script=SCRIPT.name, data=name, n=len(runs), acc_mean=acc_mean, acc_std=acc_std, acc_ci95=acc_ci95,
         target=target, p_value=p_value, time_mean=time_mean, time_std=time_std, load_seconds=timer["load"],
         compile_seconds=timer["compile"], diag_seconds=sum(run["parts"]["diag"] for run in runs),
-        wall_seconds=time.perf_counter() - START, peak_mib=memory / 2**20, peak_tflops=peak / 1e12,
-        pflops_nominal=nominal, pflops=executed, mfu=executed * 1e15 / peak / time_mean, dry_run=args.dry_run,
-        compiled=False, device=device.type, **env, sha256=SHA256, data_sha256=digest.hexdigest(),
-        utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), argv=sys.argv[1:], hyp=HYP, runs=runs), out)
+        wall_seconds=time.perf_counter() - START, cpu_seconds=time.process_time(), peak_mib=memory / 2**20,
+        pflops_nominal=nominal, pflops=executed, peak_tflops=peak / 1e12,
+        mfu=executed * 1e15 / peak / time_mean, dry_run=args.dry_run, compiled=False,
+        device=device.type, **env, sha256=SHA256, data_sha256=digest.hexdigest(), argv=sys.argv[1:], hyp=HYP,
+        runs=runs, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), out)
     partial.unlink(missing_ok=True)
     args.target is None or acc_mean >= target or fail(1, f"mean accuracy {acc_mean:.4f} is below {target}")
 #############################################

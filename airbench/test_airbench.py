@@ -1,0 +1,282 @@
+"""Checks of the ideas of this ladder, each against a slow or independent form of it."""
+import math
+import pathlib
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from test_smoke import load, scripts
+
+CPU = torch.device("cpu")
+MAINS = {int(path.name[4]): path for _, path in scripts("airbench") if path.name.startswith("main")}
+
+def main(number):
+    return load(MAINS[number])
+
+def baseline(name):
+    return load(HERE / f"{name}.py")
+
+def images(n=64, seed=5):
+    return main(0).draw_synthetic(n, seed)["images"]
+
+def model_of(module, seed=0):
+    torch.manual_seed(seed)
+    model = module.make_model(CPU)
+    module.reset(model, images(500))
+    return model
+
+EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9]
+STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476]
+NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36]
+EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1]
+
+@pytest.mark.parametrize("number", range(9))
+def test_published_budget(number):
+    module = main(number)
+    assert module.HYP["epochs"] == EPOCHS[number]
+    assert math.ceil(module.HYP["epochs"] * (50000 // module.HYP["batch_size"])) == STEPS[number]
+    model = module.make_model(CPU)
+    nominal, executed = module.count_pflops(model, 50000, 10000)
+    assert (round(nominal, 2), round(executed * 1000, 1)) == (NOMINAL[number], EXECUTED[number])
+    if number:
+        assert sum(p.numel() for p in model.parameters()) == 1972792
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1971352
+    assert round(module.count_flops(model, False) / 1e6, 1) == 236.3
+
+@pytest.mark.parametrize("name, nominal, params", [
+    ("train_resnet18", 4.35, 11173962), ("cifar10_fast", 1.14, None), ("hlb_cifar10", 0.60, None)])
+def test_published_budget_of_baselines(name, nominal, params):
+    module = baseline(name)
+    model = module.make_model(CPU)
+    assert round(module.count_pflops(model, 50000, 10000)[0], 2) == nominal
+    assert module.count_flops(model, False) == pytest.approx(2 * module.HYP["nominal_macs"], rel=1e-5)
+    assert params is None or sum(p.numel() for p in model.parameters()) == params
+
+def test_flops_of_frozen_stem():
+    model = main(4).make_model(CPU)
+    assert round(main(4).count_flops(model, True) / 1e6, 3) == 707.777
+    assert round(main(4).count_flops(model, True, False) / 1e6, 3) == 681.207
+
+@pytest.mark.parametrize("number, lr, decay, lr_bias", [
+    (0, 1.27378e-3, 1.5667, None), (2, 1.27378e-3, 1.5667, None),
+    (3, 1.27378e-3, 1.5667, 0.08152), (8, 1.46484e-3, 1.3624, 0.09375)])
+def test_decoupled_learning_rates(number, lr, decay, lr_bias):
+    module = main(number)
+    model = module.make_model(CPU)
+    groups = module.make_optimizer(model).param_groups
+    assert groups[0]["lr"] == pytest.approx(lr, rel=1e-4)
+    assert groups[0]["weight_decay"] == pytest.approx(decay, rel=1e-4)
+    assert all(group["nesterov"] and group["momentum"] == 0.85 for group in groups)
+    assert len(groups) == (1 if lr_bias is None else 2)
+    if lr_bias:
+        assert groups[1]["lr"] == pytest.approx(lr_bias, rel=1e-3)
+        decays = [group["lr"] * group["weight_decay"] for group in groups]
+        assert decays[0] == pytest.approx(decays[1])
+        assert len(groups[1]["params"]) == 6 and all(p.ndim == 1 for p in groups[1]["params"])
+        assert any(p is model.stem.bias for p in groups[0]["params"])
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+@pytest.mark.parametrize("number, peak, end", [
+    (0, 336, 0.0), (1, 201, 0.0), (2, 172, 0.0), (3, 129, 0.0), (4, 129, 0.0),
+    (5, 132, 0.07), (6, 119, 0.07), (7, 109, 0.07), (8, 109, 0.07)])
+def test_schedule(number, peak, end):
+    schedule, total = main(number).schedule, STEPS[number]
+    assert (schedule(0, total), schedule(peak, total), schedule(total, total)) == (0.2, 1.0, end)
+    assert max(schedule(step, total) for step in range(total)) == schedule(peak, total)
+    assert schedule(peak // 2, total) == pytest.approx(0.2 + 0.8 * (peak // 2) / peak)
+
+def test_crop_equals_slow_reference():
+    padded = torch.randn(300, 3, 36, 36).contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    fast = main(0).batch_crop(padded, 32)
+    torch.manual_seed(1)
+    dy, dx = torch.randint(5, (300,)), torch.randint(5, (300,))
+    slow = torch.stack([image[:, y:y + 32, x:x + 32] for image, y, x in zip(padded, dy, dx)])
+    assert torch.equal(fast, slow) and fast.is_contiguous(memory_format=torch.channels_last)
+    assert len(set(zip(dy.tolist(), dx.tolist()))) == 25
+
+@pytest.mark.parametrize("name", ["main0_network", "main8_compile", "train_resnet18", "cifar10_fast",
+                                  "hlb_cifar10"])
+def test_an_epoch_shows_every_image_once(name, monkeypatch):
+    module = baseline(name)
+    monkeypatch.setitem(module.HYP, "batch_size", 20)
+    loader = module.CifarLoader(images(65), torch.arange(65) % 10)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    for inputs, labels in batches:
+        assert inputs.shape == (20, 3, 32, 32) and inputs.is_contiguous(memory_format=torch.channels_last)
+    if name.startswith("main"):
+        assert torch.allclose(module.normalize(images(65)).mean((0, 2, 3)), torch.zeros(3), atol=0.6)
+
+def by_label(loader):
+    inputs, labels = (torch.cat(parts) for parts in zip(*loader))
+    return inputs[labels.argsort()]
+
+def test_alternating_flip_shows_both_orientations(monkeypatch):
+    for number, alternates in ((6, False), (7, True)):
+        module = main(number)
+        monkeypatch.setitem(module.HYP, "translate", 0)
+        monkeypatch.setitem(module.HYP, "batch_size", 64)
+        torch.manual_seed(0)
+        loader = module.CifarLoader(images(), torch.arange(64))
+        epochs = [by_label(loader) for _ in range(4)]
+        assert all(torch.equal(a, b.flip(-1)) for a, b in zip(epochs, epochs[1:])) == alternates
+        mirrored = (epochs[0] == module.normalize(images()).flip(-1)).flatten(1).all(1)
+        assert 15 < mirrored.sum() < 49
+
+def test_stem_whitens_patches():
+    module = main(1)
+    stem = model_of(module).stem
+    outputs = stem(module.normalize(images(500))).detach()
+    assert torch.equal(stem.weight[:12], -stem.weight[12:]) and not stem.weight.requires_grad
+    assert stem.bias.requires_grad and not stem.bias.any()
+    rows = outputs[:, :12].transpose(0, 1).flatten(1).double()
+    assert torch.allclose(rows @ rows.T / rows.shape[1], torch.eye(12).double(), atol=0.02)
+
+def test_page_whitens_patches():
+    module = baseline("cifar10_fast")
+    stem = model_of(module).stem
+    outputs = stem(module.normalize(images(500))).detach()[:, :, 1:-1, 1:-1]  # whole patches only
+    rows = outputs.transpose(0, 1).flatten(1).double()
+    covariance = rows @ rows.T / rows.shape[1]
+    assert torch.allclose(covariance - torch.diag(covariance.diag()), torch.zeros(27, 27).double(), atol=0.02)
+    assert 0.5 < covariance.diag().min() and covariance.diag().max() < 1.01
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_dirac_passes_its_input_through(number):
+    model = model_of(main(number))
+    for conv in [module for module in model.modules() if isinstance(module, main(number).Conv)]:
+        inputs = torch.randn(2, conv.in_channels, 7, 7)
+        outputs = conv(inputs)
+        assert torch.allclose(outputs[:, :conv.in_channels], inputs, atol=1e-6)
+        rest = outputs[:, conv.in_channels:]
+        assert not rest.numel() or rest.std() > 0.1
+
+def test_frozen_stem_is_left_alone():
+    module = main(4)
+    model = model_of(module)
+    optimizer = module.make_optimizer(model)
+    def step(flag):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 32, 32), flag).square().sum().backward()
+        optimizer.step()
+        return model.stem.bias.detach().clone()
+    before, moved = model.stem.bias.detach().clone(), step(True)
+    assert not torch.equal(before, moved)
+    head = model.head.weight.detach().clone()
+    assert torch.equal(step(False), moved) and model.stem.bias.grad is None
+    assert not torch.equal(head, model.head.weight)
+
+def test_lookahead_against_the_recurrence():
+    module = main(5)
+    torch.manual_seed(0)
+    model = module.make_model(CPU)
+    lookahead = module.Lookahead(model)
+    slow = {name: value.clone().double() for name, value in model.state_dict().items()}
+    for step in range(1, 4):
+        for value in model.state_dict().values():
+            value.copy_(value + torch.randn_like(value.float()).to(value.dtype))
+        fast = {name: value.clone().double() for name, value in model.state_dict().items()}
+        decay = module.HYP["ema_decay"] * (step / 3) ** 3
+        lookahead.update(decay)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                slow[name] = decay * slow[name] + (1 - decay) * fast[name]
+                assert torch.allclose(value.double(), slow[name], atol=1e-5), name
+    assert module.HYP["ema_decay"] == pytest.approx(0.77378, abs=1e-5)
+    model.head.weight.data += 1
+    lookahead.update(1)
+    assert torch.allclose(model.head.weight.double(), slow["head.weight"], atol=1e-5)
+
+def test_six_views():
+    module = main(6)
+    model = model_of(module).eval()
+    inputs = module.normalize(images(16))
+    padded = F.pad(inputs, [1] * 4, mode="reflect")
+    views = [(1 / 4, inputs), (1 / 8, padded[:, :, :32, :32]), (1 / 8, padded[:, :, 2:, 2:])]
+    with torch.no_grad():
+        slow = sum(weight * model(view) for weight, image in views for view in (image, image.flip(-1)))
+        assert torch.allclose(module.infer(model, inputs, 6), slow, atol=1e-5)
+    assert torch.equal(module.infer(lambda view: torch.ones(len(view), 10), inputs, 6), torch.ones(16, 10))
+    seen = []
+    module.infer(lambda view: seen.append(view) or torch.ones(1), inputs, 6)
+    assert len(seen) == module.HYP["tta_views"] == 6
+
+def test_evaluate_counts_every_image_once(monkeypatch):
+    module = main(8)
+    monkeypatch.setitem(module.HYP, "eval_batch_size", 7)
+    model, pixels = model_of(module), images(40)
+    labels = model.eval()(module.normalize(pixels)).argmax(1)
+    labels[:10] = (labels[:10] + 1) % 10
+    assert module.evaluate(model, pixels, labels, views=1) == 0.75
+
+def test_random_squares():
+    for name, size in (("train_resnet18", 12), ("hlb_cifar10", 3)):
+        mask = baseline(name).random_squares(torch.zeros(200, 3, 32, 32), size)
+        assert (mask.sum((1, 2, 3)) == size * size).all()
+        assert (mask.any(3).sum(2) == size).all() and (mask.any(2).sum(2) == size).all()
+        assert mask.any(0)[0, 0, 0] or mask.any(0).float().mean() > 0.5
+
+def test_cutmix_labels_follow_the_area(monkeypatch):
+    module = baseline("hlb_cifar10")
+    monkeypatch.setitem(module.HYP, "batch_size", 64)
+    loader = module.CifarLoader(images(), torch.arange(64) % 10)
+    plain = torch.cat([labels for _, labels in loader])
+    loader.epoch = math.ceil(module.HYP["epochs"] - module.HYP["cutmix_epochs"])
+    mixed = torch.cat([labels for _, labels in loader])
+    assert set(plain.unique().tolist()) == {0.0, 1.0} and torch.allclose(mixed.sum(1), torch.ones(64))
+    parts = {round(value, 4) for value in mixed.unique().tolist()}
+    assert parts <= {0.0, round(9 / 1024, 4), round(1 - 9 / 1024, 4), 1.0} and len(parts) > 2
+
+def test_ghost_norm_equals_a_norm_per_split():
+    module = baseline("cifar10_fast")
+    norm, inputs = module.BatchNorm(5).train(), torch.randn(96, 5, 4, 4)
+    norm.bias.data.normal_()
+    outputs = norm(inputs)
+    groups = inputs.view(32, 3, 5, 4, 4)  # every third image, as the reshape splits them
+    mean, var = groups.mean((0, 3, 4), keepdim=True), groups.var((0, 3, 4), unbiased=False, keepdim=True)
+    slow = (groups - mean) / (var + norm.eps).sqrt() + norm.bias.view(1, 1, 5, 1, 1)
+    assert torch.allclose(outputs, slow.view(inputs.shape), atol=1e-5)
+    assert torch.allclose(norm.running_mean, 0.1 * mean.mean(1).flatten(), atol=1e-6)
+
+def test_hlb_initialization():
+    module = baseline("hlb_cifar10")
+    torch.manual_seed(0)
+    for first, second in ((64, 64), (64, 256)):
+        conv, inputs = module.Conv(first, second), torch.randn(1, first, 5, 5)
+        passed = conv(inputs)[:, :first]
+        if first == second:
+            assert torch.equal(passed, inputs)
+        else:
+            default = torch.nn.Conv2d(first, second, 3, bias=False).weight.detach()
+            assert conv.weight.std().item() == pytest.approx(default.std().item(), rel=0.05)
+            assert torch.corrcoef(torch.stack([passed.flatten(), inputs.flatten()]))[0, 1] > 0.3
+
+def test_synthetic_images_need_a_network(monkeypatch):
+    module = main(7)
+    train, test = module.draw_synthetic(5000, seed=1), module.draw_synthetic(1000, seed=2)
+    assert torch.equal(train["images"], module.draw_synthetic(5000, seed=1)["images"])
+    x, x_test = (F.pad(part["images"].flatten(1).double() / 255, (0, 1), value=1) for part in (train, test))
+    gram, classes = x.T @ x + 1000 * torch.eye(x.shape[1]), F.one_hot(train["labels"], 10).double()
+    weights = torch.linalg.solve(gram, x.T @ classes)
+    linear = ((x_test @ weights).argmax(1) == test["labels"]).double().mean()
+    for key, value in dict(widths=(32, 64, 64), batch_size=256, epochs=2.0).items():
+        monkeypatch.setitem(module.HYP, key, value)
+    result = module.train(module.make_model(CPU), train, test, run=0, seed=0)
+    assert linear < 0.2 and result["acc"] > linear + 0.15
+    assert result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
+
+def test_statistics():
+    module = main(0)
+    for df, t in ((1, 12.70620), (2, 4.302653), (10, 2.228139), (199, 1.971957)):
+        assert module.t_sf(t, df) == pytest.approx(0.025, rel=1e-5)
+    mean, std, (low, high), p_value = module.statistics([0.940, 0.942, 0.941], 0.94)
+    assert (mean, std) == (pytest.approx(0.941), pytest.approx(0.001))
+    assert [high - mean, mean - low] == pytest.approx([0.0024841] * 2, abs=1e-6)
+    assert p_value == pytest.approx(0.1127, abs=1e-4)  # t = 1.732 with 2 degrees of freedom
+    assert module.statistics([0.94], 0.94) == (0.94, None, None, None)

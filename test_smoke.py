@@ -1,0 +1,467 @@
+"""Checks of all ladders, and the tables of their READMEs.
+
+    python test_smoke.py                               every check, those in the ladders' folders too
+    python test_smoke.py tables                        rewrite README tables and Result lines from results/
+    python test_smoke.py short SCRIPT EPOCHS [FLAG..]  run SCRIPT with fewer epochs, all else as it is, for
+                                                       results/short.jsonl unless --out is given
+
+A ladder is a folder in LADDERS with mainN_name.py files; whatever else it holds is compared with its main0.
+"""
+import ast, concurrent.futures, functools, hashlib, importlib.util, json, os, pathlib, pickle, re, resource
+import shutil, signal, subprocess, sys, tarfile, tempfile, time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent
+LADDERS = ["airbench"]
+KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
+BUDGETS = {"airbench/main5_lookahead.py": 90, "airbench/main6_tta.py": 90}  # changed lines; 60 elsewhere
+SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
+          "statistics", "append_line", "finish"]  # the same in every script of every ladder
+
+# ---------------------------------------------------------------------- scripts as text
+def scripts(ladder):
+    """[(predecessor or None, script)] of a folder: mainN after mainN-1, every other script after main0."""
+    folder = ROOT / ladder
+    mains = sorted(folder.glob("main*.py"), key=lambda path: int(re.match(r"main(\d+)_", path.name)[1]))
+    others = sorted(path for path in folder.glob("*.py") if path not in mains and path.name[:5] != "test_")
+    return list(zip([None] + mains, mains)) + [(mains[0], path) for path in others]
+
+ALL = [pair for ladder in LADDERS for pair in scripts(ladder)]
+
+def docstring(path):
+    """The header as a dict of KEYS, and its first line under 'title'."""
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    title, body = text.split("\n\n", 1)
+    parts = re.split(r"^([A-Z][a-z ]+): ", body.split("\n\n")[0], flags=re.M)
+    return dict(zip(parts[1::2], (part.strip() for part in parts[2::2])), title=title, order=parts[1::2])
+
+def blocks(path):
+    """{name: text} of the top-level statements in order, without the docstring, comments above included."""
+    text = path.read_text()
+    lines, found, end = text.splitlines(), {}, 0
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            name = node.name
+        elif isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+        else:
+            name = " ".join(ast.unparse(node).split("\n")[:2])
+        assert name not in found, f"{path.name} defines {name} twice"
+        found[name] = "\n".join(line for line in lines[end:node.end_lineno] if line)
+        end = node.end_lineno
+    return dict(list(found.items())[1:])
+
+def hyp(path):
+    """The HYP of a script as JSON holds it."""
+    return json.loads(json.dumps(eval(blocks(path)["HYP"].split("HYP =")[1], {"dict": dict})))
+
+def changed_lines(before, after):
+    """(added, removed) lines between two scripts as git counts them, docstrings left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in (("a", before), ("b", after)):
+            pathlib.Path(folder, name).write_text(path.read_text().split('"""', 2)[2])
+        command = ["git", "diff", "--no-index", "--numstat", "a", "b"]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    return tuple(int(count) for count in answer.split()[:2])
+
+@functools.cache
+def load(path):
+    """A script as a module; it is not run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_headers_have_all_keys():
+    for _, path in ALL:
+        head = docstring(path)
+        assert head["title"].startswith(f"{path.name} -- "), path
+        assert head["order"] == KEYS, f"{path}: {head['order']}"
+        assert f"python {path.parent.name}/{path.name}" in head["Run"], path
+
+def test_copies_differ_only_where_the_header_says():
+    for before, after in ALL:
+        if before is None:
+            continue
+        old, new = blocks(before), blocks(after)
+        differing = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        named = set(docstring(after)["Changes"].split())
+        assert differing == named, f"{after.name}: header and text differ in {sorted(differing ^ named)}"
+        common = [name for name in old if name in new]
+        assert common == [name for name in new if name in old], f"{after.name} moves a block"
+
+def test_shared_functions_are_the_same_everywhere():
+    for name in SHARED:
+        texts = {blocks(path)[name] for _, path in ALL if name in blocks(path)}
+        assert len(texts) == 1, f"{name} has {len(texts)} forms"
+
+def test_steps_are_small():
+    for before, after in ALL:
+        if before and after.name.startswith("main"):
+            added, removed = changed_lines(before, after)
+            print(f"{before.name} -> {after.name}: +{added} -{removed}")
+            assert added + removed <= BUDGETS.get(f"{after.parent.name}/{after.name}", 60), after.name
+
+def test_files_fit_on_a_page():
+    for path in [path for _, path in ALL] + [ROOT / "test_smoke.py"]:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 500, f"{path.name} has {len(lines)} lines"
+        wide = [number for number, line in enumerate(lines, 1) if len(line) > 110]
+        assert not wide, f"{path.name} has lines over 110 columns: {wide}"
+
+def test_imports_are_pinned_and_nothing_local():
+    pinned = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "requirements.txt").read_text(), re.M))
+    assert sorted(pinned) == ["numpy", "torch", "torchvision", "triton"]
+    for _, path in ALL:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                package = name.split(".")[0]
+                assert package in pinned or package in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+# ---------------------------------------------------------------------- tables
+
+def read_results(ladder):
+    """Lines of results/*.jsonl, each with its file's name."""
+    paths = sorted((ROOT / ladder / "results").glob("*.jsonl"))
+    return [dict(json.loads(line), file=path.name)
+            for path in paths for line in path.read_text().splitlines()]
+
+def usable(line, path):
+    """Whether a line is a published result of that script: real data, not shortened, compiled as meant."""
+    return (line["script"] == path.name and line["data"] == "cifar10" and not line["dry_run"]
+            and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"])
+
+def machine(line):
+    """What must be the same for two times to compare."""
+    if line["device"] == "cuda":
+        return f"{line['gpu']} at {line['power_limit_w']} W, torch {line['torch']}"
+    dtype = line.get("dtype", "float32")
+    return f"{line['cpu']}, {line['cpu_threads']} threads, {dtype}, torch {line['torch']}"
+
+def pool(lines, path, device, name=None):
+    """All usable runs of a script on 'cuda' or 'cpu', of one machine or the one used last, as one dict, or None.
+    Those of its present text count, or else, marked, those of the text measured last; none is left out."""
+    lines = [line for line in lines if line["device"] == device and usable(line, path)]
+    lines = [line for line in lines if machine(line) == (name or machine(lines[-1]))]
+    if not lines:
+        return None
+    body = hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
+    text = body if any(line["sha256"] == body for line in lines) else lines[-1]["sha256"]
+    lines = [line for line in lines if line["sha256"] == text]
+    runs = [run for line in lines for run in line["runs"]]
+    times = [run["time_seconds"] for run in runs]
+    return dict(lines[-1], accs=[run["acc"] for run in runs], times=times, seconds=sum(times) / len(times),
+                n=len(runs), peak_mib=max(line["peak_mib"] for line in lines),
+                mark="" if text == body else " (†)")
+
+def mean_std(values, digits, scale=1.0):
+    mean, std, *_ = load(ALL[0][1]).statistics([value * scale for value in values], 0)
+    return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+def welch(a, b):
+    """95 % interval of mean(a) - mean(b), as text; fewer than 10 runs of either say nothing."""
+    if min(len(a), len(b)) < 10:
+        return "not measured"
+    (mean_a, std_a, *_), (mean_b, std_b, *_) = (load(ALL[0][1]).statistics(values, 0) for values in (a, b))
+    error_a, error_b = std_a ** 2 / len(a), std_b ** 2 / len(b)
+    df = (error_a + error_b) ** 2 / (error_a ** 2 / (len(a) - 1) + error_b ** 2 / (len(b) - 1))
+    quantile = next(t / 1000 for t in range(1900, 13000) if load(ALL[0][1]).t_sf(t / 1000, df) <= 0.025)
+    delta, half = mean_a - mean_b, quantile * (error_a + error_b) ** 0.5
+    return f"{delta:+.3f} [{delta - half:+.3f}, {delta + half:+.3f}]"
+
+PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder reproduces
+    "main0_network.py": (14.5, 1.26), "main1_whiten.py": (8.6, 0.76), "main2_dirac.py": (7.3, 0.65),
+    "main3_scalebias.py": (5.5, 0.49), "main4_freeze.py": (5.2, 0.47), "main5_lookahead.py": (4.6, 0.42),
+    "main6_tta.py": (4.3, 0.39), "main7_mirror.py": (3.9, 0.36), "main8_compile.py": (3.5, 0.36),
+    "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
+
+def airbench_rows(mains, device):
+    """Rows of the airbench tables: the ladder (mains) or the baselines on 'cuda' or 'cpu', a row per machine."""
+    lines, (unit, scale) = read_results("airbench"), ("s", 1) if device == "cuda" else ("min", 1 / 60)
+    rows = [["Script", "Adds", "Epochs", "Accuracy % (n)", f"Time {unit}", f"Δ {unit} vs previous [95 %]",
+             "MFU %", "Peak MiB", "Machine", "PFLOPs nominal", "executed", "Diff", "Published s",
+             "PFLOPs", "Source"]]
+    for before, path in scripts("airbench"):
+        if path.name.startswith("main") != mains:
+            continue
+        names = {machine(line) for line in lines if line["device"] == device and usable(line, path)}
+        head, (nominal, executed), published = docstring(path), pflops(path), PUBLISHED[path.name]
+        for name in sorted(names) or [None]:
+            measured = ["not measured"] * 6
+            if result := pool(lines, path, device, name):
+                share = result["pflops"] * 1e5 / result["peak_tflops"] / result["seconds"]
+                other = pool(lines, before, device, name) if before and mains else None
+                delta = [[time_ * scale for time_ in part["times"]] for part in (result, other) if part]
+                measured = [f"{mean_std(result['accs'], 2, 100)} ({result['n']}){result['mark']}",
+                            mean_std(result["times"], 2, scale), welch(*delta) if other else "not measured",
+                            f"{share:.1f}", f"{result['peak_mib']:.0f}", name]
+            rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
+                         f"{hyp(path)['epochs']:.1f}", *measured, f"{nominal:.2f}", f"{executed:.2f}",
+                         "+{} -{}".format(*changed_lines(before, path)) if before else "", str(published[0]),
+                         f"{published[1]:.2f}", head["Source"].removesuffix("; written afresh.")])
+    return rows
+
+@functools.cache
+def pflops(path):
+    """(nominal, executed) of the published run of an airbench script."""
+    module = load(path)
+    return module.count_pflops(module.make_model(module.torch.device("cpu")), 50000, 10000)
+
+def airbench_short():
+    """Rows of the runs of two epochs."""
+    rows = [["Script", "Loss after epoch 1", "after epoch 2", "Accuracy %, one view", "all views"]]
+    for _, path in scripts("airbench"):
+        lines = [line for line in read_results("airbench") if line["file"] == "short.jsonl"
+                 and line["script"] == path.name and line["data"] == "cifar10" and line["hyp"]["epochs"] == 2]
+        if path.name.startswith("main") and lines:
+            run = lines[-1]["runs"][-1]
+            losses = [f"{epoch['train_loss']:.3f}" for epoch in run["epochs"]]
+            rows.append([f"`{path.name}`", *losses, f"{100 * run['epochs'][-1]['val_acc']:.2f}",
+                         f"{100 * run['acc']:.2f}"])
+        elif path.name.startswith("main"):
+            rows.append([f"`{path.name}`"] + ["not measured"] * 4)
+    return rows
+
+def markdown(rows):
+    return "\n".join(["| " + " | ".join(row) + " |" for row in [rows[0], ["-"] * len(rows[0])] + rows[1:]])
+
+TABLES = {  # README file: {marker: text}
+    "airbench/README.md": {
+        "ladder, GPU": lambda: markdown(airbench_rows(True, "cuda")),
+        "baselines, GPU": lambda: markdown(airbench_rows(False, "cuda")),
+        "ladder, CPU": lambda: markdown(airbench_rows(True, "cpu")),
+        "baselines, CPU": lambda: markdown(airbench_rows(False, "cpu")),
+        "two epochs": lambda: markdown(airbench_short())}}
+
+def with_tables(path):
+    """The text of a README with its tables made anew."""
+    text = (ROOT / path).read_text()
+    for marker, table in TABLES[path].items():
+        pattern = rf"(<!-- {marker} -->\n).*?(<!-- end -->)"
+        assert len(re.findall(pattern, text, re.S)) == 1, f"{path} needs one '{marker}' place"
+        text = re.sub(pattern, lambda match: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
+    return text
+
+def with_result(before, path):
+    """The text of a script with its Result and Vs previous lines made anew; a GPU comes before a CPU."""
+    lines, text = read_results(path.parent.name), path.read_text()
+    gpu, line, delta = pool(lines, path, "cuda"), "not measured", "not measured"
+    if found := gpu or pool(lines, path, "cpu"):
+        seconds = mean_std(found["times"], 2) + " s" if gpu else mean_std(found["times"], 1, 1 / 60) + " min"
+        accuracy = f"{mean_std(found['accs'], 2, 100)} % (n={found['n']})"
+        line = f"{accuracy}, {seconds}, {machine(found)}"
+    if gpu and before and (other := pool(lines, before, "cuda")):
+        delta = welch(gpu["times"], other["times"]) + " s [95 % interval]"
+    text = re.sub(r"^Result: .*$", lambda _: f"Result: {line}", text, count=1, flags=re.M)
+    return re.sub(r"^Vs previous: .*$", lambda _: f"Vs previous: {delta}", text, count=1, flags=re.M)
+
+def test_readme_tables_are_what_the_results_say():
+    for path in TABLES:
+        assert with_tables(path) == (ROOT / path).read_text(), f"{path}: run python test_smoke.py tables"
+    for before, path in ALL:
+        assert with_result(before, path) == path.read_text(), f"{path.name}: run python test_smoke.py tables"
+
+def test_readmes_point_at_files():
+    for path in [ROOT / "README.md"] + [ROOT / ladder / "README.md" for ladder in LADDERS]:
+        text = path.read_text()
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (path.parent / target).exists(), f"{path} links to {target}"
+        for target in re.findall(r"(?:python|diff --no-index.*?) (\w+/\w+\.py)", text):
+            assert (ROOT / target).exists(), f"{path} names {target}"
+
+def test_tables_refuse_what_is_no_result():
+    path = ROOT / "airbench" / "main0_network.py"
+    good = dict(script=path.name, data="cifar10", dry_run=False, hyp=hyp(path), argv=[])
+    assert usable(good, path)
+    for bad in (dict(data="synthetic"), dict(data="other"), dict(dry_run=True), dict(argv=["--no-compile"]),
+                dict(hyp=dict(good["hyp"], epochs=2.0))):
+        assert not usable(dict(good, **bad), path), bad
+
+# ---------------------------------------------------------------------- scripts as a user runs them
+
+ENV = dict(os.environ, OMP_NUM_THREADS="1", TORCH_COMPILE_DISABLE="1", TRITON_INTERPRET="1",
+           CUDA_VISIBLE_DEVICES="", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+FIRST = scripts("airbench")[0][1]
+
+def call(path, *flags, code=0, **options):
+    """Run a script; -> what it printed. A failure is one line on stderr that names the script."""
+    command = [sys.executable, path, *map(str, flags)]
+    done = subprocess.run(command, env=ENV, text=True, capture_output=True, **options)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert re.fullmatch(rf"{path.name}: error: .+\n", done.stderr), done.stderr
+    return done.stdout + done.stderr
+
+def write_cifar(folder, train=64, test=40):
+    """A tiny data set in the format of the prepared caches."""
+    import torch
+    folder.mkdir(exist_ok=True)
+    for name, n in (("train", train), ("test", test)):
+        data = load(FIRST).draw_synthetic(n, seed=n)
+        torch.save(dict(data, classes=[str(c) for c in range(10)]), folder / f"{name}.pt")
+    return folder
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_cifar(tmp_path_factory.mktemp("data"))
+
+@pytest.fixture(scope="session")
+def dry_runs(data, tmp_path_factory):
+    """{script: (stdout, line of seeds 0 and 1, line of seed 1)} of every script of every ladder."""
+    out = tmp_path_factory.mktemp("out")
+    def both(path):
+        flags, text = ["--device=cpu", "--dry-run", "--data", data, "--out", out / f"{path.stem}.jsonl"], ""
+        for more in (["--runs", 2], ["--seed", 1]):
+            text += call(path, *flags, *more)
+        return text, *(json.loads(line) for line in (out / f"{path.stem}.jsonl").read_text().splitlines())
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool_:
+        return dict(zip([path for _, path in ALL], pool_.map(both, [path for _, path in ALL])))
+
+@pytest.mark.parametrize("path", [path for _, path in ALL], ids=lambda path: path.stem)
+def test_script_runs_and_reports(path, dry_runs):
+    text, two, one = dry_runs[path]
+    wanted = """script sha256 git argv hyp n acc_mean acc_std acc_ci95 target p_value time_mean time_std
+        load_seconds compile_seconds diag_seconds wall_seconds peak_mib gpu power_limit_w driver cuda cudnn
+        torch triton numpy python utc mfu pflops pflops_nominal data data_sha256 compiled runs device dry_run
+        cpu""".split()
+    assert set(wanted) <= two.keys() and two["dry_run"] and two["data"] == "other"
+    assert two["n"] == len(two["runs"]) == 2 and one["n"] == 1
+    assert f"-- {path.stem} on other data --" in text and f"acc_mean: {two['acc_mean']}\n" in text
+    rows = [run["epochs"] for run in two["runs"] + one["runs"]]
+    assert rows[1] == rows[2], "the same seed gives another run"
+    assert rows[0][0]["train_loss"] != rows[1][0]["train_loss"], "another seed gives the same run"
+    assert two["sha256"] == hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
+
+@pytest.mark.parametrize("path", [path for _, path in ALL], ids=lambda path: path.stem)
+def test_help_is_instant(path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "--dry-run" in call(path, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+    call(path, "--epochs", "3", code=2)
+
+def test_wrong_use(data, tmp_path):
+    call(FIRST, "--runs", "0", code=2)
+    call(FIRST, "--out", "/proc/none/a.jsonl", code=2)
+    call(FIRST, "--data", "synthetic", "--target", "0.9", "--out", tmp_path / "o", code=1)
+    call(FIRST, "--data", data, "--dry-run", "--target", "1", "--out", tmp_path / "o", code=1)
+    assert len((tmp_path / "o").read_text().splitlines()) == 1
+    assert "batch of 1024" in call(FIRST, "--data", data, "--out", tmp_path / "o", code=3)
+    if not load(FIRST).torch.cuda.is_available():
+        call(FIRST, "--device", "cuda", code=4)
+
+def test_damaged_data(tmp_path):
+    archive, md5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
+    out = ("--dry-run", "--out", tmp_path / "o")
+    (tmp_path / "a").mkdir()
+    assert f"{archive} (md5 {md5})" in call(FIRST, "--data", tmp_path / "a", *out, code=3)
+    (tmp_path / "a" / archive).write_bytes(b"\x1f\x8b" + bytes(1000))
+    assert archive in call(FIRST, "--data", tmp_path / "a", *out, code=3)
+    (tmp_path / "b" / "cifar-10-batches-py").mkdir(parents=True)
+    call(FIRST, "--data", tmp_path / "b", *out, code=3)
+    whole = write_cifar(tmp_path / "c")
+    good = (whole / "train.pt").read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
+    for bad in (good[:middle], flipped, b"", b"no archive at all"):
+        (whole / "train.pt").write_bytes(bad)
+        assert "train.pt is missing, damaged" in call(FIRST, "--data", whole, *out, code=3)
+    (whole / "train.pt").write_bytes(good)
+    (whole / "test.pt").unlink()
+    assert "test.pt is missing" in call(FIRST, "--data", whole, *out, code=3)
+
+def test_official_archive_is_checked_prepared_and_kept(tmp_path, monkeypatch):
+    """A small archive in the official format, whose md5 sums take the place of the official ones."""
+    module = load(FIRST)
+    md5 = lambda path: hashlib.md5(path.read_bytes()).hexdigest()
+    folder, drawn = tmp_path / module.CIFAR10.base_folder, module.draw_synthetic(30, seed=3)
+    folder.mkdir()
+    pixels = drawn["images"].permute(0, 3, 1, 2).reshape(30, -1).numpy()
+    content = {"train": dict(data=pixels[:20], labels=drawn["labels"][:20].tolist()), "batches.meta": dict(
+        label_names=list("abcdefghij")), "test": dict(data=pixels[20:], labels=drawn["labels"][20:].tolist())}
+    for name, part in content.items():
+        (folder / name).write_bytes(pickle.dumps(part))
+    archive = tmp_path / module.CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    sums = dict(tgz_md5=md5(archive), train_list=[["train", md5(folder / "train")]],
+                test_list=[["test", md5(folder / "test")]])
+    for name, value in dict(sums, meta=dict(module.CIFAR10.meta, md5=md5(folder / "batches.meta"))).items():
+        monkeypatch.setattr(module.CIFAR10, name, value)
+    shutil.rmtree(folder)
+    for _ in range(2):  # from the archive, then from the caches alone
+        name, train, test = module.load_data(tmp_path)
+        assert name == "other" and (train["images"] == drawn["images"][:20]).all()
+        assert (test["images"] == drawn["images"][20:]).all()
+        assert (test["labels"] == drawn["labels"][20:]).all()
+        archive.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+def test_without_data_or_network_the_built_in_set_is_used(tmp_path):
+    text = call(FIRST, "--dry-run", "--out", tmp_path / "o", cwd=tmp_path)
+    line = json.loads((tmp_path / "o").read_text())
+    assert text.count("NOTICE: ") == 3 and "on synthetic data" in text and line["data"] == "synthetic"
+
+def test_killed_series_goes_on(data, tmp_path):
+    out = tmp_path / "o.jsonl"
+    flags = ["--device", "cpu", "--dry-run", "--data", data, "--out", out]
+    series = subprocess.Popen([sys.executable, FIRST, *map(str, flags), "--runs", "100000"], env=ENV,
+                              stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (partial := list(tmp_path.glob("*.partial"))) and time.time() < deadline:
+        time.sleep(0.05)
+    series.send_signal(signal.SIGKILL)
+    series.wait()
+    done = [json.loads(line) for line in partial[0].read_text().splitlines()]
+    text = call(FIRST, *flags, "--runs", len(done) + 1)
+    line = json.loads(out.read_text())
+    assert f"continuing after {len(done)} of {len(done) + 1} runs" in text and line["runs"][:-1] == done
+    assert [run["seed"] for run in line["runs"]] == list(range(len(done) + 1))
+    assert not list(tmp_path.glob("*.partial"))
+
+def test_full_disk_loses_no_line(data, tmp_path):
+    out = tmp_path / "o.jsonl"
+    out.write_text(old := json.dumps(dict(old="x" * 5000)) + "\n")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    text = call(FIRST, "--dry-run", "--data", data, "--out", out, code=1, preexec_fn=limit)
+    assert out.read_text() == old and '"acc_mean":' in text
+
+def test_out_of_memory_says_so(tmp_path):
+    probe = "import torchvision; print(open('/proc/self/status').read().split('VmPeak:')[1].split()[0])"
+    kib = int(subprocess.run([sys.executable, "-c", probe], env=ENV, capture_output=True, text=True).stdout)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (kib * 1024 + (700 << 20),) * 2)
+    flags = ["--data", "synthetic", "--device", "cpu", "--out", tmp_path / "o"]
+    text = call(FIRST, *flags, code=1, preexec_fn=limit)
+    assert re.search(r"out of memory at batch size 1024, with \d+ of \d+ MiB free", text)
+
+def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(FIRST.parent)!r}); import {FIRST.stem} as m; "
+            "m.HYP.update(lr=1e30); m.main(m.argument_parser().parse_args())")
+    flags = ["--dry-run", "--data", data, "--out", tmp_path / "o"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], env=ENV, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r".*: error: the loss is (nan|inf) in run 0.*\n", done.stderr)
+
+# ---------------------------------------------------------------------- commands
+
+def main(command, *rest):
+    if command == "tables":
+        for path in TABLES:
+            (ROOT / path).write_text(with_tables(path))
+            print(*(f"{marker}\n{table()}\n" for marker, table in TABLES[path].items()), sep="\n")
+        for before, path in ALL:
+            path.write_text(with_result(before, path))
+    elif command == "short":
+        module = load(ROOT / rest[0])
+        args = module.argument_parser().parse_args(rest[2:])
+        args.out = args.out or (ROOT / rest[0]).parent / "results" / "short.jsonl"
+        module.HYP["epochs"] = float(rest[1])
+        module.main(args)
+    else:
+        sys.exit(pytest.main([str(ROOT), *([command] if command else []), *rest]))
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or [None]))
