@@ -142,7 +142,7 @@ def machine(line):
     return f"{line['cpu']}, {line['cpu_threads']} threads, {dtype}, torch {line['torch']}"
 
 def pool(lines, path, device, name=None):
-    """All usable runs of a script on 'cuda' or 'cpu', of one machine or the one used last, as one dict, or None.
+    """All usable runs of a script on 'cuda' or 'cpu', of one machine or the one used last, as a dict or None.
     Those of its present text count, or else, marked, those of the text measured last; none is left out."""
     lines = [line for line in lines if line["device"] == device and usable(line, path)]
     lines = [line for line in lines if machine(line) == (name or machine(lines[-1]))]
@@ -179,7 +179,7 @@ PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder rep
     "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
 
 def airbench_rows(mains, device):
-    """Rows of the airbench tables: the ladder (mains) or the baselines on 'cuda' or 'cpu', a row per machine."""
+    """Rows of the airbench tables: the ladder (mains) or the baselines, on 'cuda' or 'cpu', by machine."""
     lines, (unit, scale) = read_results("airbench"), ("s", 1) if device == "cuda" else ("min", 1 / 60)
     rows = [["Script", "Adds", "Epochs", "Accuracy % (n)", f"Time {unit}", f"Δ {unit} vs previous [95 %]",
              "MFU %", "Peak MiB", "Machine", "PFLOPs nominal", "executed", "Diff", "Published s",
@@ -295,6 +295,11 @@ def call(path, *flags, code=0, **options):
         assert re.fullmatch(rf"{path.name}: error: .+\n", done.stderr), done.stderr
     return done.stdout + done.stderr
 
+def side_by_side(function, *arguments):
+    """map, with as many calls at once as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(function, *arguments))
+
 def write_cifar(folder, train=64, test=40):
     """A tiny data set in the format of the prepared caches."""
     import torch
@@ -317,8 +322,7 @@ def dry_runs(data, tmp_path_factory):
         for more in (["--runs", 2], ["--seed", 1]):
             text += call(path, *flags, *more)
         return text, *(json.loads(line) for line in (out / f"{path.stem}.jsonl").read_text().splitlines())
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool_:
-        return dict(zip([path for _, path in ALL], pool_.map(both, [path for _, path in ALL])))
+    return dict(zip([path for _, path in ALL], side_by_side(both, [path for _, path in ALL])))
 
 @pytest.mark.parametrize("path", [path for _, path in ALL], ids=lambda path: path.stem)
 def test_script_runs_and_reports(path, dry_runs):
@@ -344,34 +348,32 @@ def test_help_is_instant(path):
     call(path, "--epochs", "3", code=2)
 
 def test_wrong_use(data, tmp_path):
-    call(FIRST, "--runs", "0", code=2)
-    call(FIRST, "--out", "/proc/none/a.jsonl", code=2)
-    call(FIRST, "--data", "synthetic", "--target", "0.9", "--out", tmp_path / "o", code=1)
-    call(FIRST, "--data", data, "--dry-run", "--target", "1", "--out", tmp_path / "o", code=1)
-    assert len((tmp_path / "o").read_text().splitlines()) == 1
-    assert "batch of 1024" in call(FIRST, "--data", data, "--out", tmp_path / "o", code=3)
-    if not load(FIRST).torch.cuda.is_available():
-        call(FIRST, "--device", "cuda", code=4)
+    cases = [(["--runs", "0"], 2), (["--out", "/proc/none/a.jsonl"], 2), (["--data", data], 3),
+             (["--data=synthetic", "--target=0.9"], 1), (["--data", data, "--dry-run", "--target=1"], 1)]
+    cases += [(["--device", "cuda"], 4)] * (not load(FIRST).torch.cuda.is_available())
+    def check(flags, code):
+        return call(FIRST, "--out", tmp_path / str(code), *flags, code=code)
+    texts = side_by_side(check, *zip(*cases))
+    assert "batch of 1024" in texts[2] and "below 1.0" in texts[4]
 
 def test_damaged_data(tmp_path):
-    archive, md5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
-    out = ("--dry-run", "--out", tmp_path / "o")
-    (tmp_path / "a").mkdir()
-    assert f"{archive} (md5 {md5})" in call(FIRST, "--data", tmp_path / "a", *out, code=3)
-    (tmp_path / "a" / archive).write_bytes(b"\x1f\x8b" + bytes(1000))
-    assert archive in call(FIRST, "--data", tmp_path / "a", *out, code=3)
-    (tmp_path / "b" / "cifar-10-batches-py").mkdir(parents=True)
-    call(FIRST, "--data", tmp_path / "b", *out, code=3)
-    whole = write_cifar(tmp_path / "c")
+    archive, whole = "cifar-10-python.tar.gz", write_cifar(tmp_path / "whole")
     good = (whole / "train.pt").read_bytes()
-    middle = len(good) // 2
-    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
-    for bad in (good[:middle], flipped, b"", b"no archive at all"):
-        (whole / "train.pt").write_bytes(bad)
-        assert "train.pt is missing, damaged" in call(FIRST, "--data", whole, *out, code=3)
-    (whole / "train.pt").write_bytes(good)
-    (whole / "test.pt").unlink()
-    assert "test.pt is missing" in call(FIRST, "--data", whole, *out, code=3)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    md5 = "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a)"
+    cases = [({}, md5), ({archive: b"\x1f\x8b" + bytes(1000)}, archive), ({"cifar-10-batches-py": None}, md5),
+             ({"train.pt": good}, "test.pt is missing")]
+    cases += [({"train.pt": bad, "test.pt": (whole / "test.pt").read_bytes()}, "train.pt is missing, damaged")
+              for bad in (good[:len(good) // 2], bytes(flipped), b"", b"no archive at all")]
+    def check(number):
+        folder, (files, sentence) = tmp_path / str(number), cases[number]
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
+        text = call(FIRST, "--data", folder, "--dry-run", "--out", tmp_path / "o" / str(number), code=3)
+        assert sentence in text
+    side_by_side(check, range(len(cases)))
 
 def test_official_archive_is_checked_prepared_and_kept(tmp_path, monkeypatch):
     """A small archive in the official format, whose md5 sums take the place of the official ones."""

@@ -330,7 +330,7 @@ def append_line(path, record):
 def finish(result, out):
     """Print the short values as 'key: value', append all as a JSON line to out, keep it with the source."""
     for key, value in result.items():
-        if isinstance(value, (int, float, str)) or key == "acc_ci95":
+        if not isinstance(value, (dict, list)) or key == "acc_ci95":
             print(f"{key}: {value}")
     append_line(out, result)
     with contextlib.suppress(OSError):  # a log that only repeats ends no run
@@ -461,7 +461,7 @@ def main(args):
         subprocess.getstatusoutput("${CXX:-g++} -v")[0] and fail(2, "no C++ compiler; use --no-compile")
         print("compiling, which takes minutes on a CPU")
         model.compile(dynamic=False)  # one set of parameters, a graph for each way of calling it
-    warm_up(model, train_set, test_set)
+    args.no_compile and not env["gpu"] or warm_up(model, train_set, test_set)
     timer.lap("compile")
     for run in range(len(runs), args.runs):
         runs.append(train(model, train_set, test_set, run, args.seed + run))
@@ -475,6 +475,7 @@ def main(args):
         target=target, p_value=p_value, time_mean=time_mean, time_std=time_std, load_seconds=timer["load"],
         compile_seconds=timer["compile"], diag_seconds=sum(run["parts"]["diag"] for run in runs),
         wall_seconds=time.perf_counter() - START, cpu_seconds=time.process_time(), peak_mib=memory / 2**20,
+        timed="reset, augmentation, training, evaluation", untimed="load, compile, warm-up, validation",
         pflops_nominal=nominal, pflops=executed, peak_tflops=peak / 1e12,
         mfu=executed * 1e15 / peak / time_mean, dry_run=args.dry_run, compiled=not args.no_compile,
         device=device.type, **env, sha256=SHA256, data_sha256=digest.hexdigest(), argv=sys.argv[1:], hyp=HYP,

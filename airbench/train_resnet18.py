@@ -300,7 +300,7 @@ def append_line(path, record):
 def finish(result, out):
     """Print the short values as 'key: value', append all as a JSON line to out, keep it with the source."""
     for key, value in result.items():
-        if isinstance(value, (int, float, str)) or key == "acc_ci95":
+        if not isinstance(value, (dict, list)) or key == "acc_ci95":
             print(f"{key}: {value}")
     append_line(out, result)
     with contextlib.suppress(OSError):  # a log that only repeats ends no run
@@ -431,6 +431,7 @@ def main(args):
         target=target, p_value=p_value, time_mean=time_mean, time_std=time_std, load_seconds=timer["load"],
         compile_seconds=timer["compile"], diag_seconds=sum(run["parts"]["diag"] for run in runs),
         wall_seconds=time.perf_counter() - START, cpu_seconds=time.process_time(), peak_mib=memory / 2**20,
+        timed="reset, augmentation, training, evaluation", untimed="load, compile, warm-up, validation",
         pflops_nominal=nominal, pflops=executed, peak_tflops=peak / 1e12,
         mfu=executed * 1e15 / peak / time_mean, dry_run=args.dry_run, compiled=False,
         device=device.type, **env, sha256=SHA256, data_sha256=digest.hexdigest(), argv=sys.argv[1:], hyp=HYP,
