@@ -251,7 +251,7 @@ def with_result(before, path):
     gpu, line, delta = pool(lines, path, "cuda"), "not measured", "not measured"
     if found := gpu or pool(lines, path, "cpu"):
         seconds = mean_std(found["times"], 2) + " s" if gpu else mean_std(found["times"], 1, 1 / 60) + " min"
-        accuracy = f"{mean_std(found['accs'], 2, 100)} % (n={found['n']})"
+        accuracy = f"{mean_std(found['accs'], 2, 100)} % (n={found['n']}){found['mark']}"
         line = f"{accuracy}, {seconds}, {machine(found)}"
     if gpu and before and (other := pool(lines, before, "cuda")):
         delta = welch(gpu["times"], other["times"]) + " s [95 % interval]"
