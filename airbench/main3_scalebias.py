@@ -420,7 +420,7 @@ def main(args):
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     model, peak, env = make_model(device), peak_flops(device), environment(device)
     nominal, executed = count_pflops(model, n_train, n_test)
-    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: {executed * 2e13 / peak:.0f} min a run")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{executed * 3e13 / peak:.0f} min a run")
     series = json.dumps([SHA256, HYP, args.seed, digest.hexdigest(), env["gpu"], env["cpu"], args.no_compile])
     partial = out.with_name(f"{out.name}.{hashlib.sha256(series.encode()).hexdigest()[:8]}.partial")
     runs = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
