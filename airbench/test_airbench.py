@@ -1,15 +1,18 @@
 """Checks of the ideas of this ladder, each against a slow or independent form of it."""
+import functools
 import math
 import pathlib
 import sys
 
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from test_smoke import (  # before torch: it has kernels interpreted
+    changed_lines, docstring, hyp, load, machine, markdown, mean_std, pool, read_results, scripts, usable,
+    welch)
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from test_smoke import load, scripts
 
 CPU = torch.device("cpu")
 MAINS = {int(path.name[4]): path for _, path in scripts("airbench") if path.name.startswith("main")}
@@ -280,3 +283,64 @@ def test_statistics():
     assert [high - mean, mean - low] == pytest.approx([0.0024841] * 2, abs=1e-6)
     assert p_value == pytest.approx(0.1127, abs=1e-4)  # t = 1.732 with 2 degrees of freedom
     assert module.statistics([0.94], 0.94) == (0.94, None, None, None)
+
+# ---------------------------------------------------------------------- tables
+PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder reproduces
+    "main0_network.py": (14.5, 1.26), "main1_whiten.py": (8.6, 0.76), "main2_dirac.py": (7.3, 0.65),
+    "main3_scalebias.py": (5.5, 0.49), "main4_freeze.py": (5.2, 0.47), "main5_lookahead.py": (4.6, 0.42),
+    "main6_tta.py": (4.3, 0.39), "main7_mirror.py": (3.9, 0.36), "main8_compile.py": (3.5, 0.36),
+    "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
+
+def airbench_rows(mains, device):
+    """Rows of the airbench tables: the ladder (mains) or the baselines, on 'cuda' or 'cpu', by machine."""
+    lines, (unit, scale) = read_results("airbench"), ("s", 1) if device == "cuda" else ("min", 1 / 60)
+    rows = [["Script", "Adds", "Epochs", "Accuracy % (n)", f"Time {unit}", f"Δ {unit} vs previous [95 %]",
+             "MFU %", "Peak MiB", "Machine", "PFLOPs nominal", "executed", "Diff", "Published s",
+             "PFLOPs", "Source"]]
+    for before, path in scripts("airbench"):
+        if path.name.startswith("main") != mains:
+            continue
+        names = {machine(line) for line in lines if line["device"] == device and usable(line, path)}
+        head, (nominal, executed), published = docstring(path), pflops(path), PUBLISHED[path.name]
+        for name in sorted(names) or [None]:
+            measured = ["not measured"] * 6
+            if result := pool(lines, path, device, name):
+                share = result["pflops"] * 1e5 / result["peak_tflops"] / result["seconds"]
+                other = pool(lines, before, device, name) if before and mains else None
+                delta = [[time_ * scale for time_ in part["times"]] for part in (result, other) if part]
+                measured = [f"{mean_std(result['accs'], 2, 100)} ({result['n']}){result['mark']}",
+                            mean_std(result["times"], 2, scale), welch(*delta) if other else "not measured",
+                            f"{share:.1f}", f"{result['peak_mib']:.0f}", name]
+            rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
+                         f"{hyp(path)['epochs']:.1f}", *measured, f"{nominal:.2f}", f"{executed:.2f}",
+                         "+{} -{}".format(*changed_lines(before, path)) if before else "", str(published[0]),
+                         f"{published[1]:.2f}", head["Source"].removesuffix("; written afresh.")])
+    return rows
+
+@functools.cache
+def pflops(path):
+    """(nominal, executed) of the published run of an airbench script."""
+    module = load(path)
+    return module.count_pflops(module.make_model(module.torch.device("cpu")), 50000, 10000)
+
+def airbench_short():
+    """Rows of the runs of two epochs."""
+    rows = [["Script", "Loss after epoch 1", "after epoch 2", "Accuracy %, one view", "all views"]]
+    for _, path in scripts("airbench"):
+        lines = [line for line in read_results("airbench") if line["file"] == "short.jsonl"
+                 and line["script"] == path.name and line["data"] == "cifar10" and line["hyp"]["epochs"] == 2]
+        if path.name.startswith("main") and lines:
+            run = lines[-1]["runs"][-1]
+            losses = [f"{epoch['train_loss']:.3f}" for epoch in run["epochs"]]
+            rows.append([f"`{path.name}`", *losses, f"{100 * run['epochs'][-1]['val_acc']:.2f}",
+                         f"{100 * run['acc']:.2f}"])
+        elif path.name.startswith("main"):
+            rows.append([f"`{path.name}`"] + ["not measured"] * 4)
+    return rows
+
+TABLES = {
+    "ladder, GPU": lambda: markdown(airbench_rows(True, "cuda")),
+    "baselines, GPU": lambda: markdown(airbench_rows(False, "cuda")),
+    "ladder, CPU": lambda: markdown(airbench_rows(True, "cpu")),
+    "baselines, CPU": lambda: markdown(airbench_rows(False, "cpu")),
+    "two epochs": lambda: markdown(airbench_short())}
