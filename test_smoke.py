@@ -13,7 +13,8 @@ import shutil, signal, subprocess, sys, tarfile, tempfile, time
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU here; read when triton is first imported
+if sys.argv[1:2] != ["short"]:  # for the checks in this process; read when torch and triton are imported
+    os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 ROOT = pathlib.Path(__file__).resolve().parent
 LADDERS = ["airbench", "vitfreeze"]
@@ -235,7 +236,7 @@ def test_tables_refuse_what_is_no_result():
 
 # ---------------------------------------------------------------------- scripts as a user runs them
 
-ENV = dict(os.environ, OMP_NUM_THREADS="1", TORCH_COMPILE_DISABLE="1", TRITON_INTERPRET="1",
+ENV = dict(os.environ, OMP_NUM_THREADS="1", TORCH_COMPILE_DISABLE="1", TRITON_INTERPRET="",
            CUDA_VISIBLE_DEVICES="", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
 FIRST = scripts("airbench")[0][1]
 
@@ -269,12 +270,19 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def dry_runs(data, tmp_path_factory):
     """{script: (stdout, line of seeds 0 and 1, line of seed 1)} of every script of every ladder."""
-    out = tmp_path_factory.mktemp("out")
+    out, twice = tmp_path_factory.mktemp("out"), """
+import runpy, sys
+script, *flags = sys.argv[1:]
+for more in ("--runs=2", "--seed=1"):  # in one process, since importing torch takes longer than such a run
+    sys.argv[1:] = [*flags, more]
+    runpy.run_path(script, run_name="__main__")"""
     def both(path):
-        flags, text = ["--device=cpu", "--dry-run", "--data", data, "--out", out / f"{path.stem}.jsonl"], ""
-        for more in (["--runs", 2], ["--seed", 1]):
-            text += call(path, *flags, *more)
-        return text, *(json.loads(line) for line in (out / f"{path.stem}.jsonl").read_text().splitlines())
+        lines = out / f"{path.stem}.jsonl"
+        flags = ["--device=cpu", "--dry-run", "--data", data, "--out", lines]
+        command = [sys.executable, "-c", twice, path, *flags]
+        done = subprocess.run(command, env=ENV, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, *map(json.loads, lines.read_text().splitlines())
     return dict(zip([path for _, path in ALL], side_by_side(both, [path for _, path in ALL])))
 
 @pytest.mark.parametrize("path", [path for _, path in ALL], ids=lambda path: path.stem)
@@ -410,7 +418,6 @@ def main(command, *rest):
         for before, path in ALL:
             path.write_text(with_result(before, path))
     elif command == "short":
-        del os.environ["TRITON_INTERPRET"]
         module = load(ROOT / rest[0])
         args = module.argument_parser().parse_args(rest[2:])
         args.out = args.out or (ROOT / rest[0]).parent / "results" / "short.jsonl"

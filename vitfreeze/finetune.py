@@ -165,7 +165,7 @@ def crop_boxes(numbers, height, width):
     first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
     w = w.gather(1, first)[:, 0].masked_fill(none, min(width, round(height * widest)))
     h = h.gather(1, first)[:, 0].masked_fill(none, min(height, round(width * widest)))
-    y, x = numbers[:, 20:22].masked_fill(none[:, None], 0.5).unbind(1)
+    y, x = numbers[:, 20:22].masked_fill(none[:, None], 0.4999999).unbind(1)  # the middle, rounded down
     return ((height - h + 1) * y).floor(), ((width - w + 1) * x).floor(), h, w
 
 def cubic_weights(start, length, size, out):
@@ -574,7 +574,7 @@ def latest_checkpoint(folder, resume, per_step):
     state = next(filter(None, map(read_checkpoint, paths)), None)
     state or not resume or fail(3, f"cannot resume from {resume}")
     free = "workers", "save_epochs", "batch_size", "accum_iter"
-    differing = [key for key in HYP if state and key not in free and state["hyp"][key] != HYP[key]]
+    differing = [key for key in HYP if state and key not in free and state["hyp"].get(key) != HYP[key]]
     differing += ["batch_size"] if state and state["per_step"] != per_step else []
     differing and fail(2, f"the checkpoint in {folder} was made with another {', '.join(differing)}")
     return state

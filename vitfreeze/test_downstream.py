@@ -529,7 +529,10 @@ for port, module in zip({ports}, (finetune, linprobe)):
     for one, two in zip(ours["rows"], theirs["rows"], strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
     ours, theirs = final(tmp_path / "linprobe"), final(tmp_path / "alone")
-    assert ours["rows"] == theirs["rows"] and same(ours["model"], theirs["model"])
+    for name, value in theirs["model"].items():  # other numbers of threads round in another way
+        torch.testing.assert_close(ours["model"][name], value, atol=1e-4, rtol=1e-3)
+    for one, two in zip(ours["rows"], theirs["rows"], strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
 
 def test_knn_of_a_checkpoint_is_that_of_main0(data, pretrained, tmp_path):
     run(KNN, "--finetune", pretrained, "--data", data, "--out", tmp_path / "o", "--batch_size=64",

@@ -26,7 +26,6 @@ from torchvision.transforms.v2.functional import resized_crop
 CPU = torch.device("cpu")
 MAINS = [path for _, path in scripts("vitfreeze") if path.name.startswith("main")]
 BASE, HOG, NORMS, LAST = (load(MAINS[number]) for number in (0, 1, 3, -1))
-EAGER = dict(ENV, TRITON_INTERPRET="")  # plain torch where there is no GPU
 
 @contextlib.contextmanager
 def settings(module, **values):
@@ -34,9 +33,11 @@ def settings(module, **values):
     before, cpuinfo = dict(module.HYP), module.CPUINFO
     module.HYP.update(values)
     module.CPUINFO = ""
-    yield
-    module.HYP.clear(), module.HYP.update(before)
-    module.CPUINFO = cpuinfo
+    try:
+        yield
+    finally:
+        module.HYP.clear(), module.HYP.update(before)
+        module.CPUINFO = cpuinfo
 
 def photos(n, side=32, seed=5):
     """uint8 [n, 3, side, side]"""
@@ -245,7 +246,7 @@ for add in (True, False):
     check(m._norm_fwd_kernel, dict(Y_ptr="*bf16", R_ptr="*bf16"), ROWS=4, BLOCK_SIZE=1024, ADD=add, STATS=add)
     check(m._norm_bwd_kernel, dict(DY_ptr="*bf16"), ROWS=4, STEPS=8, BLOCK_SIZE=1024, ADD=add)
 """
-    subprocess.run([sys.executable, "-c", code], env=EAGER, check=True)
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
 
 # ---------------------------------------------------------------------- data
 @pytest.mark.parametrize("side", [32, 20, 48])
