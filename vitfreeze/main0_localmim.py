@@ -378,6 +378,7 @@ class LocalMIM(nn.Module):
         self.patch_embed = nn.Conv2d(3, size.dim, size.patch, size.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.register_buffer("positions", positions(size.dim, size.image // size.patch), persistent=False)
+        self.register_buffer("mean_std", torch.tensor([MEAN, STD]), persistent=False)
         self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
         self.decoders = nn.ModuleList(Decoder(size, scale, HYP["hog_nbins"]) for scale in size.scales)
         for name, p in self.named_parameters():
@@ -388,7 +389,7 @@ class LocalMIM(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.data.flatten(1))
     def encode(self, images, kept=None):
         """uint8 [B, 3, S, S] and kept patches [B, n] or all -> tokens [B, 1 + n, dim] after each tap"""
-        mean, std = torch.tensor([MEAN, STD], device=images.device)[:, :, None, None]
+        mean, std = self.mean_std[:, :, None, None]
         x = self.patch_embed((images / 255 - mean) / std).flatten(2).mT + self.positions[:, 1:]
         x = x if kept is None else x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
         x, taps = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1), []

@@ -346,7 +346,7 @@ def bin_sides(nbins):
     angles = torch.arange(nbins, dtype=torch.float64) * math.pi / nbins
     return torch.stack([angles.cos(), angles.sin()], 1).float()
 
-def hog_plain(images, cell, nbins):
+def hog_plain(images, cell, sides):
     """What hog() gives, in plain torch: gradients and votes once, coarse cells as sums of fine ones."""
     x = F.pad(images.float(), [1] * 4, mode="reflect")
     gx = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]
@@ -354,23 +354,23 @@ def hog_plain(images, cell, nbins):
     gx, gy = gx[..., :-2] - gx[..., 2:], gy[:, :, :-2] - gy[:, :, 2:]
     magnitude, turn = (gx * gx + gy * gy).sqrt(), 1 - 2 * ((gx < 0) | (gx == 0) & (gy < 0)).float()
     gx, gy = gx * turn, gy * turn  # to angles from 0 to pi
-    bins = sum((gx * cos >= gy * sin).to(torch.uint8) for cos, sin in bin_sides(nbins)[1:].tolist())
-    cells = [torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(nbins)], 2)]
+    bins = sum((gx * cos >= gy * sin).to(torch.uint8) for cos, sin in sides[1:].tolist())
+    cells = [torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(len(sides))], 2)]
     for _ in range(3):
-        cells.append(F.avg_pool2d(cells[-1].flatten(1, 2), 2).unflatten(1, (3, nbins)))
+        cells.append(F.avg_pool2d(cells[-1].flatten(1, 2), 2).unflatten(1, (3, -1)))
     return [F.normalize(level, dim=2).flatten(3).flatten(1, 2).mT for level in cells]
 
-def hog(images, cell, nbins):
+def hog(images, cell, sides):
     """Histograms of oriented gradients of uint8 [B, 3, H, W] in cells of that many pixels, and of two, four
     and eight times as many, per colour of unit length, or 0 where nothing varies: four [B, cells, 3 * nbins].
     On a GPU in one kernel that reads the image once; H and W are multiples of 8 cells."""
-    (n, _, height, width), tile = images.shape, 8 * cell
+    (n, _, height, width), tile, nbins = images.shape, 8 * cell, len(sides)
     if not images.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-        return hog_plain(images, cell, nbins)
+        return hog_plain(images, cell, sides)
     shapes = [(n, height * width // (cell << level) ** 2, 3 * nbins) for level in range(4)]
     cells = torch.empty(sum(map(math.prod, shapes)), device=images.device)
     _hog_fwd_kernel[(3 * n, height // tile, width // tile)](
-        images.contiguous(), cells, bin_sides(nbins).to(images.device), n, height, width,
+        images.contiguous(), cells, sides, n, height, width,
         nbins, triton.next_power_of_2(nbins), cell)
     return [part.view(shape) for part, shape in zip(cells.split([*map(math.prod, shapes)]), shapes)]
 
@@ -444,10 +444,12 @@ class LocalMIM(nn.Module):
     def __init__(self):
         super().__init__()
         size = SIZES[HYP["size"]]
-        self.size, self.nbins = size, HYP["hog_nbins"]
+        self.size = size
+        self.register_buffer("sides", bin_sides(HYP["hog_nbins"]), persistent=False)
         self.patch_embed = nn.Conv2d(3, size.dim, size.patch, size.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.register_buffer("positions", positions(size.dim, size.image // size.patch), persistent=False)
+        self.register_buffer("mean_std", torch.tensor([MEAN, STD]), persistent=False)
         self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
         self.decoders = nn.ModuleList(Decoder(size, scale, HYP["hog_nbins"]) for scale in size.scales)
         for name, p in self.named_parameters():
@@ -458,7 +460,7 @@ class LocalMIM(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.data.flatten(1))
     def encode(self, images, kept=None):
         """uint8 [B, 3, S, S] and kept patches [B, n] or all -> tokens [B, 1 + n, dim] after each tap"""
-        mean, std = torch.tensor([MEAN, STD], device=images.device)[:, :, None, None]
+        mean, std = self.mean_std[:, :, None, None]
         x = self.patch_embed((images / 255 - mean) / std).flatten(2).mT + self.positions[:, 1:]
         x = x if kept is None else x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
         x, taps = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1), []
@@ -469,7 +471,7 @@ class LocalMIM(nn.Module):
     def targets(self, images):
         """HOG of each stage: uint8 [B, 3, S, S] -> [[B, cells, 3 * nbins]]"""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            return hog(images, int(self.size.patch / self.size.scales[0]), self.nbins)
+            return hog(images, int(self.size.patch / self.size.scales[0]), self.sides)
     def predict(self, images, noise):
         """Predictions and weights of all cells of each stage: [[B, cells, 3 * nbins]], [[B, cells]]"""
         order = noise.argsort(1)

@@ -448,7 +448,7 @@ def nested(grid, scale):
         places = places.unflatten(-2, (2, -1)).unflatten(-1, (2, -1)).transpose(-3, -2)
     return places.reshape(grid * grid, scale * scale)
 
-def hog_plain(images, cell, nbins, scale):
+def hog_plain(images, cell, sides, scale):
     """What hog() gives, in plain torch: gradients and votes once, coarse cells as sums of fine ones."""
     x = F.pad(images.float(), [1] * 4, mode="reflect")
     gx = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]
@@ -456,27 +456,27 @@ def hog_plain(images, cell, nbins, scale):
     gx, gy = gx[..., :-2] - gx[..., 2:], gy[:, :, :-2] - gy[:, :, 2:]
     magnitude, turn = (gx * gx + gy * gy).sqrt(), 1 - 2 * ((gx < 0) | (gx == 0) & (gy < 0)).float()
     gx, gy = gx * turn, gy * turn  # to angles from 0 to pi
-    bins = sum((gx * cos >= gy * sin).to(torch.uint8) for cos, sin in bin_sides(nbins)[1:].tolist())
-    cells = [torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(nbins)], 2)]
+    bins = sum((gx * cos >= gy * sin).to(torch.uint8) for cos, sin in sides[1:].tolist())
+    cells = [torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(len(sides))], 2)]
     for _ in range(3):
-        cells.append(F.avg_pool2d(cells[-1].flatten(1, 2), 2).unflatten(1, (3, nbins)))
+        cells.append(F.avg_pool2d(cells[-1].flatten(1, 2), 2).unflatten(1, (3, -1)))
     cells = [F.normalize(level, dim=2).flatten(3).flatten(1, 2).mT for level in cells]
     grid, scales = images.shape[-1] // (cell * scale), [scale >> i for i in range(4)]
     return [level[:, nested(grid, s)] if s else level for level, s in zip(cells, scales)]
 
-def hog(images, cell, nbins, scale):
+def hog(images, cell, sides, scale):
     """Histograms of oriented gradients of uint8 [B, 3, H, W] in cells of that many pixels, and of two, four
     and eight times as many, per colour of unit length, or 0 where nothing varies: four [B, cells, 3 * nbins],
     or [B, patches, cells, 3 * nbins] as long as a cell is no larger than a patch of cell * scale pixels.
     On a GPU in one kernel that reads the image once; H and W are multiples of 8 cells."""
-    (n, _, height, width), tile = images.shape, 8 * cell
+    (n, _, height, width), tile, nbins = images.shape, 8 * cell, len(sides)
     if not images.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-        return hog_plain(images, cell, nbins, scale)
+        return hog_plain(images, cell, sides, scale)
     shapes = [(n, height * width // (cell << level) ** 2, 3 * nbins) for level in range(4)]
     cells = torch.empty(sum(map(math.prod, shapes)), device=images.device)
     splits = scale.bit_length() - 1
     _hog_fwd_kernel[(3 * n, height // tile, width // tile)](
-        images.contiguous(), cells, bin_sides(nbins).to(images.device), n, height, width,
+        images.contiguous(), cells, sides, n, height, width,
         nbins, triton.next_power_of_2(nbins), cell, *(max(splits - level, 0) for level in range(3)))
     levels = [part.view(shape) for part, shape in zip(cells.split([*map(math.prod, shapes)]), shapes)]
     scales = [scale >> level for level in range(4)]
@@ -557,10 +557,12 @@ class LocalMIM(nn.Module):
     def __init__(self):
         super().__init__()
         size = SIZES[HYP["size"]]
-        self.size, self.nbins = size, HYP["hog_nbins"]
+        self.size = size
+        self.register_buffer("sides", bin_sides(HYP["hog_nbins"]), persistent=False)
         self.patch_embed = nn.Conv2d(3, size.dim, size.patch, size.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.register_buffer("positions", positions(size.dim, size.image // size.patch), persistent=False)
+        self.register_buffer("mean_std", torch.tensor([MEAN, STD]), persistent=False)
         self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
         self.decoders = nn.ModuleList(Decoder(size, scale, HYP["hog_nbins"]) for scale in size.scales)
         for name, p in self.named_parameters():
@@ -571,7 +573,7 @@ class LocalMIM(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.data.flatten(1))
     def encode(self, images, kept=None):
         """uint8 [B, 3, S, S] and kept patches [B, n] or all -> tokens [B, 1 + n, dim] after each tap"""
-        mean, std = torch.tensor([MEAN, STD], device=images.device).repeat_interleave(self.size.patch ** 2, 1)
+        mean, std = self.mean_std.repeat_interleave(self.size.patch ** 2, 1)
         x = F.pixel_unshuffle(images, self.size.patch).flatten(2).mT
         at = self.positions[:, 1:].expand(len(x), -1, -1)
         if kept is not None:
@@ -589,7 +591,7 @@ class LocalMIM(nn.Module):
         """HOG of each stage as hog() gives it"""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             scale = self.size.scales[0]
-            return hog(images, self.size.patch // scale, self.nbins, scale)
+            return hog(images, self.size.patch // scale, self.sides, scale)
     def stages(self, images, noise):
         """Predictions of each stage as hog() gives targets, but of hidden patches alone; their places [B, n]
         and the mask [B, patches]"""

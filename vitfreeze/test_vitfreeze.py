@@ -168,7 +168,8 @@ def hog_cases():
 def test_hog_kernel_and_plain_form(name, cell, nbins):
     """Four levels: cells of 2, 4, 8, 16, or 4, 8, 16, 32 pixels."""
     images = hog_cases()[name]
-    both = zip(HOG.hog(images, cell, nbins), HOG.hog_plain(images, cell, nbins))
+    sides = HOG.bin_sides(nbins)
+    both = zip(HOG.hog(images, cell, sides), HOG.hog_plain(images, cell, sides))
     for level, (kernel, plain) in enumerate(both):
         reference = BASE.hog(images, cell << level, nbins)
         torch.testing.assert_close(plain, reference, atol=1e-5, rtol=0)
@@ -182,7 +183,8 @@ def test_nested_order():
     assert nested[1].tolist() == [4, 5, 12, 13, 6, 7, 14, 15, 20, 21, 28, 29, 22, 23, 30, 31]
     images = photos(2)
     for scale in (1, 2, 4):
-        for kernel, plain in zip(LAST.hog(images, 4, 9, scale), LAST.hog_plain(images, 4, 9, scale)):
+        sides = LAST.bin_sides(9)
+        for kernel, plain in zip(LAST.hog(images, 4, sides, scale), LAST.hog_plain(images, 4, sides, scale)):
             torch.testing.assert_close(kernel, plain, atol=1e-5, rtol=0)
 
 def test_glyphs_run_along_edges():
