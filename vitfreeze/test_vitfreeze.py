@@ -109,13 +109,14 @@ def run_steps(module, size, steps, images, noises):
             shown = [x * (w[:, :, None] > 0) for x, w in zip(predictions, weights)]
             return torch.stack(losses).detach(), shown, model.targets(images), model.encode(images)[-1]
 
-@pytest.mark.parametrize("size, steps, interpret", [("nano", 20, ""), ("small64", 3, ""), ("nano", 2, "1")])
+@pytest.mark.parametrize("size, steps, interpret", [("nano", 20, ""), ("small64", 3, ""), ("nano", 1, "1")])
 def test_all_steps_of_the_ladder_compute_the_same(size, steps, interpret, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     torch.manual_seed(3)
-    images, noises = photos(4, BASE.SIZES[size].image), torch.rand(steps, 4, 64)
+    count = min(steps + 1, 4)
+    images, noises = photos(count, BASE.SIZES[size].image), torch.rand(steps, count, 64)
     losses, shown, targets, tokens = run_steps(BASE, size, steps, images, noises)
-    assert (losses[-1] < losses[0]).all()
+    assert steps == 1 or (losses[-1] < losses[0]).all()
     for path in MAINS[1:]:
         other = run_steps(load(path), size, steps, images, noises)
         torch.testing.assert_close(other[0], losses, atol=1e-4, rtol=0)
