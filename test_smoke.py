@@ -317,7 +317,7 @@ def test_wrong_use(data, tmp_path):
     texts = side_by_side(check, *zip(*cases))
     assert "batch of 1024" in texts[2] and "below 1.0" in texts[4]
 
-def test_damaged_data(tmp_path):
+def test_damaged_data(tmp_path, capsys):
     archive, whole = "cifar-10-python.tar.gz", write_cifar(tmp_path / "whole")
     good = (whole / "train.pt").read_bytes()
     flipped = bytearray(good)
@@ -327,14 +327,16 @@ def test_damaged_data(tmp_path):
              ({"train.pt": good}, "test.pt is missing")]
     cases += [({"train.pt": bad, "test.pt": (whole / "test.pt").read_bytes()}, "train.pt is missing, damaged")
               for bad in (good[:len(good) // 2], bytes(flipped), b"", b"no archive at all")]
-    def check(number):
-        folder, (files, sentence) = tmp_path / str(number), cases[number]
+    for number, (files, sentence) in enumerate(cases):
+        folder = tmp_path / str(number)
         folder.mkdir()
         for name, content in files.items():
             (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
-        text = call(FIRST, "--data", folder, "--dry-run", "--out", tmp_path / "o" / str(number), code=3)
-        assert sentence in text
-    side_by_side(check, range(len(cases)))
+        with pytest.raises(SystemExit) as end:
+            load(FIRST).load_data(folder)
+        text = capsys.readouterr().err
+        assert end.value.code == 3 and re.fullmatch(rf"{FIRST.name}: error: .+\n", text) and sentence in text
+    call(FIRST, "--data", folder, "--dry-run", "--out", tmp_path / "o", code=3)
 
 def test_official_archive_is_checked_prepared_and_kept(tmp_path, monkeypatch):
     """A small archive in the official format, whose md5 sums take the place of the official ones."""
