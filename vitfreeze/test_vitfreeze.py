@@ -1,5 +1,6 @@
 """Checks of the ideas of this ladder, each against a slow or independent form of it, and of its long runs."""
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -430,6 +431,11 @@ def lines_of(path, file, **wanted):
     lines = [line for line in lines if not line["dry_run"] and wanted.items() <= line["hyp"].items()]
     return sorted(lines, key=lambda line: line["utc"])
 
+def named(path, lines):
+    """The script's name, with a mark where a line is of an earlier text of it."""
+    body = hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
+    return f"`{path.name}`" + " (†)" * any(line["sha256"] != body for line in lines)
+
 def ladder_rows():
     """A row per step: speed on a CPU against the step before, as pairs of runs made in turns."""
     rows = [["Script", "Adds", "Diff", "Images/s, CPU", "against the step before (pairs)", "Peak MiB",
@@ -447,7 +453,7 @@ def ladder_rows():
                         f"{max(line['peak_mib'] for line in lines):.0f}", machine(lines[-1])]
         diff = "+{} -{}".format(*changed_lines(before, path)) if before else ""
         adds = docstring(path)["Adds"].removeprefix("the baseline: ")
-        rows.append([f"`{path.name}`", adds, diff, *measured, *["not measured"] * 3])
+        rows.append([named(path, lines), adds, diff, *measured, *["not measured"] * 3])
     return rows
 
 def learning_rows():
@@ -462,7 +468,7 @@ def learning_rows():
                 kinds = "gap", "gap centred", "cls", "cls centred"
                 votes = [f"{100 * run['knn'][kind]['20'][0]:.1f}" for kind in kinds]
                 hyp = line["hyp"]
-                rows.append([f"`{path.name}`", f"{line['data']}, {hyp['size']}", f"{hyp['epochs']:g}",
+                rows.append([named(path, [line]), f"{line['data']}, {hyp['size']}", f"{hyp['epochs']:g}",
                              str(hyp["batch_size"] * hyp["accum_iter"] * line["processes"]),
                              f"{first['train_loss']:.3f}", f"{last['train_loss']:.3f} ({stages})", *votes,
                              f"{run['time_seconds'] / 60:.1f}", machine(line)])
