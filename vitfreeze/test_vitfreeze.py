@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from test_smoke import (  # before torch: it has kernels interpreted
     ENV, call, changed_lines, docstring, load, machine, markdown, mean_std, read_results, scripts,
-    write_cifar)
+    side_by_side, write_cifar)
 
 import pytest
 import torch
@@ -414,6 +414,15 @@ def test_two_processes_train_as_one(data, whole_run, tmp_path):
     assert run.returncode == 0, run.stderr
     for ours, theirs in zip(final(tmp_path)["rows"], final(whole_run)["rows"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=5e-3)
+
+def test_all_steps_of_the_ladder_train_the_same(data, whole_run, tmp_path):
+    """Through their own loops, data and optimizers, from the command line."""
+    def losses(path):
+        call(path, *flags(data, tmp_path / path.stem))
+        return [row["train_loss"] for row in final(tmp_path / path.stem)["rows"]]
+    wanted = [row["train_loss"] for row in final(whole_run)["rows"]]
+    for path, found in zip(MAINS[1:], side_by_side(losses, MAINS[1:]), strict=True):
+        assert found == pytest.approx(wanted, abs=5e-3), path.name
 
 def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     text = call(MAINS[0], *flags(data, tmp_path), "--blr=1e9", "--warmup_epochs=0", code=1)
