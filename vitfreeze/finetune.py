@@ -4,7 +4,7 @@ Adds: fine-tuning of any mainN checkpoint (--finetune), or of a random encoder, 
 Changes: HYP PHOTO flag_parser lr_scale make_optimizer learning_rate shift_batch warp blend VISION OPERATIONS
 rand_augment erase mix augment Memory Folder plan encoder_flops Block branch_factors Classifier COLUMNS
 pretrained accuracy make_model train main hog Decoder cell_weights LocalMIM train_flops glyphs save_picture
-features knn evaluate
+features tick knn evaluate
 Result: not measured
 Vs previous: not measured
 Source: recipe of MAE (arXiv 2111.06377) and BEiT (arXiv 2106.08254); mixup (arXiv 1710.09412), CutMix (arXiv
@@ -622,9 +622,9 @@ class Timer(collections.Counter):
         return self[part]
 
 def autocast(device):
-    """bf16 autocast on a GPU and on a CPU with bf16 instructions, nothing elsewhere."""
-    enabled = device.type == "cuda" or "bf16" in CPUINFO
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast on a GPU, and on a CPU with bf16 instructions for models so wide that they gain by it."""
+    wide = "bf16" in CPUINFO and SIZES[HYP["size"]].dim > 256
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or wide)
 
 def peak_flops(device):
     """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
@@ -756,11 +756,13 @@ def main(args):
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['lr'] or HYP['blr'] * per_step / 256:.3g}")
     images = round(HYP["epochs"] * (n_train // per_step)) * per_step
     flops = images * encoder_flops(backward=True)
-    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 20:.0f} min a run")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
     key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")

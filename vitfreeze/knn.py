@@ -1,18 +1,19 @@
 """knn.py -- k nearest neighbours on the features of a frozen encoder.
 
 Adds: the k-NN test of any mainN checkpoint (--finetune), or of a random encoder, without training
-Changes: HYP flag_parser Memory Folder encoder_flops Encoder COLUMNS pretrained features leave_one_out
-evaluate make_model measure main make_optimizer learning_rate rng crop_boxes cubic_weights crop_batch plan hog
-Decoder cell_weights LocalMIM train_flops glyphs save_picture save_checkpoint read_checkpoint
-latest_checkpoint train
+Changes: HYP flag_parser Memory Folder encoder_flops Encoder COLUMNS pretrained features raw_features
+leave_one_out evaluate make_model measure main make_optimizer learning_rate rng crop_boxes cubic_weights
+crop_batch plan Decoder cell_weights LocalMIM train_flops glyphs save_picture save_checkpoint read_checkpoint
+latest_checkpoint tick train
 Result: not measured
 Vs previous: not measured
 Source: DINO (arXiv 2104.14294) for the votes; written afresh.
 Run: python vitfreeze/knn.py --finetune CHECKPOINT
 
 Features are the mean patch token ("gap") and the class token ("cls") of the last stage after its norm, as
-they are and with the mean of the train set taken off ("centred"). All images are read in file order, each
-once, without augmentation; neither --batch_size nor the number of workers or processes enters the result.
+they are and with the mean of the train set taken off ("centred"); --features takes pixels or HOG of the
+images instead, as something to beat. All images are read in file order, each once, without augmentation;
+neither --batch_size nor the number of workers or processes enters the result.
 """
 CODE = open(__file__, encoding="utf-8").read()
 #############################################
@@ -36,6 +37,7 @@ def fail(code, message):
 #############################################
 HYP = dict(  # those of one value are flags, too, with the comments as help
     size="tiny",            # of a random encoder (a checkpoint has its own)
+    features="encoder",     # or, for comparison: pixels, hog (of 4 x 4 cells)
     batch_size=128,         # images of a forward pass
     workers=8,              # processes that decode an image folder
     knn_temperature=0.07,   # of the votes of the neighbours
@@ -203,6 +205,18 @@ def load_data(folder):
 #############################################
 #                   Model                   #
 #############################################
+def hog(images, cell, nbins):
+    """Histograms of oriented gradients of uint8 [B, 3, H, W] in cells of that many pixels, per colour of unit
+    length, or 0 where nothing varies: [B, H / cell * W / cell, 3 * nbins]"""
+    sobel, cells = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=images.device), []
+    for colour in images.float().split(1, 1):
+        padded = F.pad(colour, [1] * 4, mode="reflect")
+        gx, gy = (F.conv2d(padded, kernel[None, None]) for kernel in (sobel, sobel.T))
+        bins = (nbins * torch.atan2(gx, gy) / math.pi).floor().long() % nbins
+        planes = torch.zeros_like(gx).repeat(1, nbins, 1, 1).scatter_(1, bins, (gx ** 2 + gy ** 2).sqrt())
+        cells.append(F.normalize(F.avg_pool2d(planes, cell), dim=1))
+    return torch.cat(cells, 1).flatten(2).mT
+
 def encoder_flops(backward):
     """FLOPs of the encoder on an image: its matmuls and convolutions, forward or (True) backward, too."""
     size = SIZES[HYP["size"]]
@@ -352,6 +366,15 @@ def features(model, dataset):
             rows.append((tokens[:, 1:].mean(1), tokens[:, 0], labels.to(device)))
     return [torch.cat(part) for part in zip(*rows)]
 
+def raw_features(model, dataset):
+    """(pixels or HOG [N, values], labels [N]) of images at the size that the model takes"""
+    device, rows = model.cls_token.device, []
+    for images, labels in dataset.views(model.size.image):
+        images = images.to(device)
+        x = hog(images, model.size.image // 4, 9) if HYP["features"] == "hog" else images.float()
+        rows.append((x.flatten(1), labels.to(device)))
+    return [torch.cat(part) for part in zip(*rows)]
+
 def knn(train_features, train_labels, test_features, test_labels, ks=(10, 20, 100, 200)):
     """{k: (top-1, top-5)} of k nearest neighbours, which vote with exp(cosine / temperature), as in DINO"""
     train_features, test_features = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
@@ -379,10 +402,11 @@ def leave_one_out(features, labels):
 
 def evaluate(model, train_set, test_set):
     """Rows of the table: dict(features, k, top1, top5, train_loss) for each kind of feature and each k."""
-    *train_features, labels = features(model, train_set)
-    *test_features, test_labels = features(model, test_set)
-    rows = []
-    for name, x, y in zip(("gap", "cls"), train_features, test_features):
+    extract = features if HYP["features"] == "encoder" else raw_features
+    *train_features, labels = extract(model, train_set)
+    *test_features, test_labels = extract(model, test_set)
+    names, rows = ("gap", "cls") if extract is features else (HYP["features"],), []
+    for name, x, y in zip(names, train_features, test_features):
         for name, mean in ((name, 0), (f"{name} centred", x.mean(0))):
             loss = leave_one_out(x - mean, labels)
             for k, (top1, top5) in knn(x - mean, labels, y - mean, test_labels).items():
@@ -402,9 +426,9 @@ class Timer(collections.Counter):
         return self[part]
 
 def autocast(device):
-    """bf16 autocast on a GPU and on a CPU with bf16 instructions, nothing elsewhere."""
-    enabled = device.type == "cuda" or "bf16" in CPUINFO
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast on a GPU, and on a CPU with bf16 instructions for models so wide that they gain by it."""
+    wide = "bf16" in CPUINFO and SIZES[HYP["size"]].dim > 256
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or wide)
 
 def peak_flops(device):
     """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
@@ -429,7 +453,8 @@ def peak_memory():
     return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
 
 def measure(train_set, test_set, run, seed, device, weights):
-    """One run: features, votes and the table. -> dict for the result line; acc is of gap centred, k = 20"""
+    """One run: features, votes and the table. -> dict for the result line; acc is of gap (or what stands for
+    it) centred, k = 20"""
     timer = Timer()
     model = make_model(device, seed, weights)
     timer.lap("reset")
@@ -438,7 +463,8 @@ def measure(train_set, test_set, run, seed, device, weights):
     for row in rows:
         print_training_details(COLUMNS, {name: row.get(name.strip(), run) for name in COLUMNS})
     math.isfinite(sum(row["train_loss"] for row in rows)) or fail(1, f"features are not finite in run {run}")
-    acc = next(row["top1"] for row in rows if (row["features"], row["k"]) == ("gap centred", 20))
+    kind = f"{rows[0]['features']} centred"
+    acc = next(row["top1"] for row in rows if (row["features"], row["k"]) == (kind, 20))
     broken = sorted(train_set.broken | test_set.broken)
     return dict(acc=acc, time_seconds=seconds, seed=seed, parts=timer, broken=broken, epochs=rows)
 
@@ -453,6 +479,8 @@ def main(args):
     HYP.update({name: value for name, value in vars(args).items() if name in HYP})
     args.dry_run and HYP.update(size="nano", workers=min(2, HYP["workers"]))
     HYP["batch_size"] > 0 or fail(2, "--batch_size must be above 0")
+    HYP["features"] in ("encoder", "pixels", "hog") or fail(2, "--features is encoder, pixels or hog")
+    HYP["features"] == "encoder" or not args.finetune or fail(2, "--features of images take no --finetune")
     args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
     out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -463,9 +491,11 @@ def main(args):
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
     images = len(train_set.labels) + len(test_set.labels)
-    flops = images * encoder_flops(backward=False)
-    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 20:.0f} min a run")
+    flops = images * encoder_flops(backward=False) * (HYP["features"] == "encoder")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
     runs = []
     for seed in range(args.seed, args.seed + args.runs):

@@ -3,7 +3,7 @@
 Adds: the linear probe of any mainN checkpoint (--finetune), or of a random encoder, as the control
 Changes: HYP PHOTO flag_parser LARS shift_batch Memory Folder plan encoder_flops Encoder COLUMNS pretrained
 features view_features accuracy make_model make_head train probe main make_optimizer hog Decoder cell_weights
-LocalMIM train_flops glyphs save_picture knn evaluate
+LocalMIM train_flops glyphs save_picture tick knn evaluate
 Result: not measured
 Vs previous: not measured
 Source: recipe of MAE (arXiv 2111.06377), LARS (arXiv 1708.03888); written afresh.
@@ -537,9 +537,9 @@ class Timer(collections.Counter):
         return self[part]
 
 def autocast(device):
-    """bf16 autocast on a GPU and on a CPU with bf16 instructions, nothing elsewhere."""
-    enabled = device.type == "cuda" or "bf16" in CPUINFO
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast on a GPU, and on a CPU with bf16 instructions for models so wide that they gain by it."""
+    wide = "bf16" in CPUINFO and SIZES[HYP["size"]].dim > 256
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or wide)
 
 def peak_flops(device):
     """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
@@ -669,12 +669,14 @@ def main(args):
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['blr'] * per_step / 256:.3g}")
     images = round(HYP["epochs"] * (n_train // per_step)) * per_step
     views = n_train * (HYP["views"] + 1) + len(test_set.labels)
     flops = views * encoder_flops(backward=False)  # the head has few
-    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 20:.0f} min a run")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
     key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")

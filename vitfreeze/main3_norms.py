@@ -819,9 +819,9 @@ class Timer(collections.Counter):
         return self[part]
 
 def autocast(device):
-    """bf16 autocast on a GPU and on a CPU with bf16 instructions, nothing elsewhere."""
-    enabled = device.type == "cuda" or "bf16" in CPUINFO
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast on a GPU, and on a CPU with bf16 instructions for models so wide that they gain by it."""
+    wide = "bf16" in CPUINFO and SIZES[HYP["size"]].dim > 256
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or wide)
 
 def peak_flops(device):
     """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
@@ -832,6 +832,14 @@ def peak_flops(device):
             a @ a
         timer.lap(trial)
     return 2 * n ** 3 / min(timer.values())
+
+def tick(device):
+    """A point in time on the device, for which nothing waits: an event on a GPU, seconds on a CPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 def make_model(device, seed):
     """The model with the weights of a seed."""
@@ -845,7 +853,7 @@ def peak_memory():
 
 def train(args, folder, train_set, test_set, run, seed, device):
     """One run, from fresh weights or a checkpoint to the final evaluation. -> dict for the result line"""
-    timer, passes, stop = Timer(), HYP["accum_iter"], []
+    timer, passes, stop, ticks = Timer(), HYP["accum_iter"], [], []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     per_step = HYP["batch_size"] * passes * WORLD
     per_epoch = len(train_set.labels) // per_step
@@ -898,6 +906,7 @@ def train(args, folder, train_set, test_set, run, seed, device):
             group["lr"] = learning_rate(step, per_epoch)
         optimizer.step()
         optimizer.zero_grad()
+        ticks.append(tick(device))
         step, count, stopping = step + 1, count + 1, torch.tensor(len(stop))
         WORLD > 1 and dist.all_reduce(stopping)  # all processes stop after the same step
         if step % per_epoch == 0 or step == last_step:
@@ -908,7 +917,10 @@ def train(args, folder, train_set, test_set, run, seed, device):
         if stopping or step == last_step or step % max(1, round(HYP["save_epochs"] * per_epoch)) == 0:
             save()
         stopping and fail(143, f"stopped after {step} of {last_step} steps; the same command continues")
-    result = dict(acc=math.nan, time_seconds=timer["train"], seed=seed, parts=timer, epochs=rows)
+    pairs = itertools.pairwise(ticks)
+    steps = [a.elapsed_time(b) if device.type == "cuda" else 1e3 * (b - a) for a, b in pairs]
+    result = dict(acc=math.nan, time_seconds=timer["train"], seed=seed, parts=timer, epochs=rows,
+                  step_ms_p50=float(np.median(steps)) if steps else None)
     if RANK == 0:
         table = evaluate(model, train_set, test_set)
         images, patches = next(test_set.views(model.size.image))[0][:6], model.positions.shape[1] - 1
@@ -948,11 +960,13 @@ def main(args):
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['blr'] * per_step / 256:.3g}")
     images = round(HYP["epochs"] * (n_train // per_step)) * per_step
     flops = images * train_flops()
-    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 20:.0f} min a run")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
     key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
@@ -975,8 +989,8 @@ def main(args):
         diag_seconds=sum(run["parts"]["eval"] + run["parts"]["save"] for run in runs),
         wall_seconds=time.perf_counter() - START, cpu_seconds=time.process_time(), peak_mib=peak_memory(),
         timed="data, augmentation, training", untimed="load, compile, checkpoints, k-NN, picture",
-        images_per_s=images / time_mean, peak_tflops=peak / 1e12, mfu=flops / peak / time_mean,
-        pflops_nominal=flops / 1e15, pflops=flops / 1e15,
+        images_per_s=images / time_mean, step_ms_p50=runs[-1]["step_ms_p50"], peak_tflops=peak / 1e12,
+        mfu=flops / peak / time_mean, pflops_nominal=flops / 1e15, pflops=flops / 1e15,
         dry_run=args.dry_run, compiled=False, device=device.type, processes=WORLD, **env, sha256=SHA256,
         data_sha256=train_set.digest, argv=sys.argv[1:], hyp=HYP, runs=runs,
         utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), out)

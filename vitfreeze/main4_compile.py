@@ -1,7 +1,7 @@
 """main4_compile.py -- masked image modelling with local multi-scale HOG targets (LocalMIM) on a ViT.
 
 Adds: blocks compiled by torch.compile, CUDA graphs at small sizes, fused AdamW, data and crops on the GPU
-Changes: make_optimizer Memory plan graphed train main
+Changes: make_optimizer Memory Folder plan graphed train main
 Result: not measured
 Vs previous: not measured
 Source: LocalMIM (arXiv 2303.05251), HOG targets after MaskFeat (arXiv 2112.09133); written afresh.
@@ -316,12 +316,27 @@ class Memory:
             yield images, labels
 
 class Folder(torch.utils.data.Dataset):
-    """An image folder, decoded by worker processes; an image that cannot be decoded is named and skipped."""
+    """An image folder, decoded by the GPU where torchvision can, or else by worker processes; an image that
+    cannot be decoded is named and skipped."""
+    device = None  # that decodes
     def __init__(self, samples):
         self.paths, labels = zip(*samples)
         self.labels, self.broken = torch.tensor(labels), set()
         self.digest = hashlib.sha256(repr(samples).encode()).hexdigest()
+    def to(self, device):
+        probe = torchvision.io.encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
+        with contextlib.suppress(RuntimeError):  # of a torchvision without nvJPEG
+            if device.type == "cuda":
+                torchvision.io.decode_jpeg([probe], device=device)
+                self.device = device
+        return self
     def __getitem__(self, item):
+        if not self.device:
+            return self.decoded(item)
+        with contextlib.suppress(RuntimeError, OSError):
+            return torchvision.io.read_file(self.paths[item[0]]), item
+        return torch.zeros(1, dtype=torch.uint8), item
+    def decoded(self, item):
         (index, numbers, size), broken = item, []
         while len(broken) < 100:
             path = self.paths[index]
@@ -336,14 +351,33 @@ class Folder(torch.utils.data.Dataset):
         top, left, h, w = (int(n) for n in crop_boxes(numbers[None], *image.shape[1:]))
         crop = resize(image[:, top:top + h, left:left + w], [size, size], interpolation=3)
         return crop.flip(-1) if numbers[22] < 0.5 else crop
+    def decoded_on_device(self, files):
+        """Rows as of decoded() from [(content, item)]; what the device cannot decode goes the usual way."""
+        def decode(content):
+            return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB, device=self.device)
+        contents, items = zip(*files)
+        try:
+            images = decode(list(contents))
+        except RuntimeError:  # of at least one of them
+            images = [None] * len(files)
+            for place, content in enumerate(contents):
+                with contextlib.suppress(RuntimeError):
+                    images[place] = decode(content)
+        for image, (index, numbers, size) in zip(images, items):
+            if image is None:
+                view, *rest = self.decoded((index, numbers, size))
+                yield view.to(self.device), *rest
+            else:
+                yield self.view(image, numbers, size), self.labels[index], []
     def load(self, batches):
         """(uint8 [n, 3, size, size], labels [n]) for each batch of (index, numbers or None, size)"""
-        def collate(items):
-            images, labels, broken = zip(*items)
+        def collate(rows):
+            images, labels, broken = zip(*rows)
             return torch.stack(images), torch.stack(labels), sum(broken, [])
         loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=HYP["workers"],
-                                             collate_fn=collate)
-        for images, labels, broken in loader:
+                                             collate_fn=list if self.device else collate)
+        for batch in loader:
+            images, labels, broken = collate(self.decoded_on_device(batch)) if self.device else batch
             for path in set(broken) - self.broken:
                 print(f"{SCRIPT.name}: warning: skipped {path}, which cannot be decoded", file=sys.stderr)
             self.broken.update(broken)
@@ -823,9 +857,9 @@ class Timer(collections.Counter):
         return self[part]
 
 def autocast(device):
-    """bf16 autocast on a GPU and on a CPU with bf16 instructions, nothing elsewhere."""
-    enabled = device.type == "cuda" or "bf16" in CPUINFO
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast on a GPU, and on a CPU with bf16 instructions for models so wide that they gain by it."""
+    wide = "bf16" in CPUINFO and SIZES[HYP["size"]].dim > 256
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or wide)
 
 def peak_flops(device):
     """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
@@ -836,6 +870,14 @@ def peak_flops(device):
             a @ a
         timer.lap(trial)
     return 2 * n ** 3 / min(timer.values())
+
+def tick(device):
+    """A point in time on the device, for which nothing waits: an event on a GPU, seconds on a CPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 def make_model(device, seed):
     """The model with the weights of a seed."""
@@ -866,7 +908,7 @@ def graphed(forward_backward, images, noise):
 
 def train(args, folder, train_set, test_set, run, seed, device):
     """One run, from fresh weights or a checkpoint to the final evaluation. -> dict for the result line"""
-    timer, passes, stop = Timer(), HYP["accum_iter"], []
+    timer, passes, stop, ticks = Timer(), HYP["accum_iter"], [], []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     per_step = HYP["batch_size"] * passes * WORLD
     per_epoch = len(train_set.labels) // per_step
@@ -936,6 +978,7 @@ def train(args, folder, train_set, test_set, run, seed, device):
             group["lr"] = learning_rate(step, per_epoch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the same gradients each time
+        ticks.append(tick(device))
         step, count, stopping = step + 1, count + 1, torch.tensor(len(stop))
         WORLD > 1 and dist.all_reduce(stopping)  # all processes stop after the same step
         if step % per_epoch == 0 or step == last_step:
@@ -946,7 +989,10 @@ def train(args, folder, train_set, test_set, run, seed, device):
         if stopping or step == last_step or step % max(1, round(HYP["save_epochs"] * per_epoch)) == 0:
             save()
         stopping and fail(143, f"stopped after {step} of {last_step} steps; the same command continues")
-    result = dict(acc=math.nan, time_seconds=timer["train"], seed=seed, parts=timer, epochs=rows)
+    pairs = itertools.pairwise(ticks)
+    steps = [a.elapsed_time(b) if device.type == "cuda" else 1e3 * (b - a) for a, b in pairs]
+    result = dict(acc=math.nan, time_seconds=timer["train"], seed=seed, parts=timer, epochs=rows,
+                  step_ms_p50=float(np.median(steps)) if steps else None)
     if RANK == 0:
         torch.compiler.set_stance("force_eager")  # other shapes, once
         table = evaluate(model, train_set, test_set)
@@ -982,18 +1028,20 @@ def main(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
     name, *sets = load_data(args.data)
-    train_set, test_set = (part.to(device) if isinstance(part, Memory) else part for part in sets)
+    train_set, test_set = (part.to(device) for part in sets)
     n_train, per_step = len(train_set.labels), HYP["batch_size"] * HYP["accum_iter"] * WORLD
     n_train >= per_step or fail(3, f"{n_train} images do not fill a step of {per_step}")
     HYP["epochs"] = 2 / (n_train // per_step) if args.dry_run else HYP["epochs"]
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['blr'] * per_step / 256:.3g}")
     images = round(HYP["epochs"] * (n_train // per_step)) * per_step
     flops = images * train_flops()
-    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 20:.0f} min a run")
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
     key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
@@ -1016,8 +1064,8 @@ def main(args):
         diag_seconds=sum(run["parts"]["eval"] + run["parts"]["save"] for run in runs),
         wall_seconds=time.perf_counter() - START, cpu_seconds=time.process_time(), peak_mib=peak_memory(),
         timed="data, augmentation, training", untimed="load, compile, checkpoints, k-NN, picture",
-        images_per_s=images / time_mean, peak_tflops=peak / 1e12, mfu=flops / peak / time_mean,
-        pflops_nominal=flops / 1e15, pflops=flops / 1e15,
+        images_per_s=images / time_mean, step_ms_p50=runs[-1]["step_ms_p50"], peak_tflops=peak / 1e12,
+        mfu=flops / peak / time_mean, pflops_nominal=flops / 1e15, pflops=flops / 1e15,
         dry_run=args.dry_run, compiled=not args.no_compile, device=device.type, processes=WORLD, **env,
         sha256=SHA256, data_sha256=train_set.digest, argv=sys.argv[1:], hyp=HYP, runs=runs,
         utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), out)

@@ -1,5 +1,5 @@
 """Checks of fine-tuning, linear probe and k-NN, each part against a slow, published or independent form."""
-import contextlib, json, math, os, pathlib, shutil, signal, socket, subprocess, sys, types
+import contextlib, json, math, os, pathlib, re, shutil, signal, socket, subprocess, sys, types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -368,7 +368,7 @@ def test_the_scripts_share_their_text():
                             ("Encoder features make_model", "linprobe knn"),
                             ("shift_batch PHOTO Memory Folder", "finetune linprobe")):
         for name in names.split():
-            forms = {texts[script][name].replace("#", "").replace(" Checkpoints ", "").strip()
+            forms = {re.sub(r"^#(#+| +\w+ +#)\n", "", texts[script][name], flags=re.M)  # without banners
                      for script in scripts_.split()}
             assert len(forms) == 1, name
 

@@ -26,7 +26,8 @@ from torchvision.transforms.v2.functional import resized_crop
 
 CPU = torch.device("cpu")
 MAINS = [path for _, path in scripts("vitfreeze") if path.name.startswith("main")]
-BASE, HOG, NORMS, LAST = (load(MAINS[number]) for number in (0, 1, 3, -1))
+LOADED = [load(path) for path in MAINS]  # all of them now: later the kernels may not be interpreted
+BASE, HOG, NORMS, LAST = (LOADED[number] for number in (0, 1, 3, -1))
 
 @contextlib.contextmanager
 def settings(module, **values):
