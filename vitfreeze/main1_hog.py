@@ -358,7 +358,8 @@ def hog_plain(images, cell, sides):
     cells = [torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(len(sides))], 2)]
     for _ in range(3):
         cells.append(F.avg_pool2d(cells[-1].flatten(1, 2), 2).unflatten(1, (3, -1)))
-    return [F.normalize(level, dim=2).flatten(3).flatten(1, 2).mT for level in cells]
+    cells = [level / level.square().sum(2, keepdim=True).sqrt().clamp(min=1e-12) for level in cells]
+    return [level.flatten(3).flatten(1, 2).mT for level in cells]
 
 def hog(images, cell, sides):
     """Histograms of oriented gradients of uint8 [B, 3, H, W] in cells of that many pixels, and of two, four

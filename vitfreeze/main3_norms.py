@@ -456,7 +456,8 @@ def hog_plain(images, cell, sides, scale):
     cells = [torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(len(sides))], 2)]
     for _ in range(3):
         cells.append(F.avg_pool2d(cells[-1].flatten(1, 2), 2).unflatten(1, (3, -1)))
-    cells = [F.normalize(level, dim=2).flatten(3).flatten(1, 2).mT for level in cells]
+    cells = [level / level.square().sum(2, keepdim=True).sqrt().clamp(min=1e-12) for level in cells]
+    cells = [level.flatten(3).flatten(1, 2).mT for level in cells]
     grid, scales = images.shape[-1] // (cell * scale), [scale >> i for i in range(4)]
     return [level[:, nested(grid, s)] if s else level for level, s in zip(cells, scales)]
 
