@@ -472,7 +472,7 @@ def latest_checkpoint(folder, resume, per_step):
     return state
 
 def pretrained(path):
-    """(size, sha256, weights) of the encoder in a checkpoint of any mainN; 'norm' is that of its last stage.
+    """(size, origin, weights) of the encoder in a checkpoint of any mainN; 'norm' is that of its last stage.
     Exit 3 where the file is missing, damaged or something else."""
     with contextlib.suppress(Exception):
         assert zipfile.ZipFile(path).testzip() is None  # checksums, which torch.load does not look at
@@ -483,7 +483,10 @@ def pretrained(path):
         names = [name for name in model if name.startswith(("patch_embed.", "cls_token", "blocks.", norm))]
         weights = {name.replace(norm, "norm."): model[name] for name in names}
         assert SIZES[size].dim == len(weights["norm.weight"])
-        return size, hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest(), weights
+        origin = {name: state.get(name) for name in ("script", "seed", "step")}
+        origin.update({name: state["hyp"][name] for name in ("epochs", "batch_size", "accum_iter")})
+        origin["sha256"] = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+        return size, origin, weights
     fail(3, f"{path} is missing, damaged or no checkpoint of a mainN")
 
 #############################################

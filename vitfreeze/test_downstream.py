@@ -121,6 +121,24 @@ def test_knn_does_not_depend_on_batches_or_workers(tmp_path):
         assert other.pop("train_loss") == pytest.approx(loss, rel=1e-5) and one == other
     assert len({row["top1"] for row in tables[0]}) > 4
 
+def test_knn_of_images_without_an_encoder(data, tmp_path):
+    """Against votes on arrays made here."""
+    for kind in ("pixels", "hog"):
+        run(KNN, "--size=nano", "--features", kind, "--data", data, "--out", tmp_path / kind)
+        line = json.loads((tmp_path / kind).read_text())
+        (x, labels), (y, wanted) = ((part.images, part.labels) for part in KNN.load_data(data)[1:])
+        x, y = (part.float() if kind == "pixels" else BASE.hog(part, 8, 9) for part in (x, y))
+        x, y = x.flatten(1), y.flatten(1)
+        assert x.shape[1] == dict(pixels=3 * 32 * 32, hog=16 * 27)[kind]
+        rows = {(row["features"], row["k"]): row["top1"] for row in line["runs"][0]["epochs"]}
+        assert rows[kind, 20] == KNN.knn(x, labels, y, wanted)[20][0]
+        centred = KNN.knn(x - x.mean(0), labels, y - x.mean(0), wanted)[20][0]
+        assert line["acc_mean"] == rows[f"{kind} centred", 20] == centred and len(rows) == 8
+    for wrong in (["--features=colour"], ["--features=hog", "--finetune=c.pt"]):
+        with pytest.raises(SystemExit) as left:
+            run(KNN, *wrong, "--data", data, "--out", tmp_path / "o")
+        assert left.value.code == 2
+
 # ---------------------------------------------------------------------- fine-tuning: optimizer
 @pytest.mark.parametrize("size, decay", [("nano", 0.75), ("base", 0.65)])
 def test_layer_decay_and_weight_decay(size, decay):

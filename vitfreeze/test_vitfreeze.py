@@ -21,7 +21,7 @@ from test_smoke import (  # before torch: it has kernels interpreted
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.io import write_jpeg
+from torchvision.io import write_jpeg, write_png
 from torchvision.transforms.v2.functional import resized_crop
 
 CPU = torch.device("cpu")
@@ -335,6 +335,24 @@ def test_a_broken_image_is_named_counted_and_skipped(tmp_path):
     assert text.count(f"warning: skipped {path}") == 1
     assert json.loads(out.read_text())["runs"][0]["broken"] == [str(path)]
 
+def test_decoding_by_a_device_gives_what_the_workers_give(tmp_path, capsys):
+    """Here the device is the CPU; a broken image among good ones goes the usual way, and so does a PNG."""
+    path = write_folder(tmp_path / "set", broken=True)
+    write_png(photos(1, 48)[0], str(tmp_path / "set/train/n0/0.JPEG"))
+    batch = torch.arange(12), torch.rand(12, 23)
+    def read(device, workers):
+        with settings(LAST, workers=workers):
+            train_set, test_set = LAST.load_data(tmp_path / "set")[1:]
+            train_set.to(CPU), test_set.to(CPU)
+            assert train_set.device is None  # the workers decode unless the device is a GPU that can
+            train_set.device = test_set.device = device
+            views, labels = next(test_set.views(32))
+            return next(train_set.crops([batch], 32)), views, labels, train_set.broken
+    wanted, *found = read(None, 0), read(CPU, 0), read(CPU, 2)
+    assert wanted[3] == {str(path)} and capsys.readouterr().err.count(f"skipped {path}") == 3
+    for result in found:
+        assert all(map(torch.equal, result[:3], wanted[:3])) and result[3] == wanted[3]
+
 # ---------------------------------------------------------------------- long runs
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -426,6 +444,16 @@ def test_all_steps_of_the_ladder_train_the_same(data, whole_run, tmp_path):
     wanted = [row["train_loss"] for row in final(whole_run)["rows"]]
     for path, found in zip(MAINS[1:], side_by_side(losses, MAINS[1:]), strict=True):
         assert found == pytest.approx(wanted, abs=5e-3), path.name
+
+def test_compiled_blocks_compute_the_same(data, tmp_path):
+    """Two steps of main4, with and without torch.compile."""
+    def losses(name, *more):
+        command = [sys.executable, MAINS[4], *flags(data, tmp_path / name), "--epochs=0.2", *more]
+        subprocess.run(command, env=dict(ENV, TORCH_COMPILE_DISABLE="0"), check=True, capture_output=True)
+        return [row["train_loss"] for row in final(tmp_path / name, 2)["rows"]]
+    plain, compiled = side_by_side(losses, ("plain", "compiled"), ("--no-compile", "--seed=0"))
+    assert compiled == pytest.approx(plain, abs=1e-4) and compiled != plain
+    assert json.loads((tmp_path / "compiled" / "o.jsonl").read_text())["compiled"]
 
 def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     text = call(MAINS[0], *flags(data, tmp_path), "--blr=1e9", "--warmup_epochs=0", code=1)
