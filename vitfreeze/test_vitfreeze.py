@@ -464,12 +464,11 @@ def test_wrong_flags(data, tmp_path):
         call(MAINS[0], "--data", data, "--out", tmp_path / "o", flag, code=2)
 
 # ---------------------------------------------------------------------- tables
-def lines_of(path, file, **wanted):
-    """Result lines of a script in results/FILE on real data, oldest first, with those hyperparameters."""
+def lines_of(path, file, data="cifar10"):
+    """Result lines of a script in results/FILE on that data, oldest first."""
     lines = [line for line in read_results("vitfreeze") if line["file"] == f"{file}.jsonl"]
-    lines = [line for line in lines if line["script"] == path.name and line["data"] != "synthetic"]
-    lines = [line for line in lines if not line["dry_run"] and wanted.items() <= line["hyp"].items()]
-    return sorted(lines, key=lambda line: line["utc"])
+    lines = [line for line in lines if line["script"] == path.name and line["data"] == data]
+    return sorted((line for line in lines if not line["dry_run"]), key=lambda line: line["utc"])
 
 def named(path, lines):
     """The script's name, with a mark where a line is of an earlier text of it."""
@@ -478,40 +477,92 @@ def named(path, lines):
 
 def ladder_rows():
     """A row per step: speed on a CPU against the step before, as pairs of runs made in turns."""
-    rows = [["Script", "Adds", "Diff", "Images/s, CPU", "against the step before (pairs)", "Peak MiB",
-             "Machine", "Images/s, GPU, ViT-B", "% of the floor", "k-NN, probe, fine-tune on a GPU"]]
+    rows = [["Script", "Adds", "Diff", "Images/s, CPU", "Step, ms", "against the step before (pairs)",
+             "Peak MiB", "Machine", "Images/s, GPU, ViT-B", "% of the floor",
+             "k-NN, probe, fine-tune on a GPU"]]
     for before, path in scripts("vitfreeze"):
         if not path.name.startswith("main"):
             continue
-        lines, ratio, measured = lines_of(path, "speed"), "", ["not measured"] * 4
+        lines, ratio, measured = lines_of(path, "speed", "synthetic"), "", ["not measured"] * 5
+        assert len({json.dumps([line["hyp"], machine(line)]) for line in lines}) <= 1, "speeds do not compare"
         if before:
-            both = zip(lines_of(before, "speed"), lines)
+            both = zip(lines_of(before, "speed", "synthetic"), lines, strict=True)
             pairs = [new["images_per_s"] / old["images_per_s"] for old, new in both]
             ratio = f"{mean_std(pairs, 2)} ({len(pairs)})" if pairs else "not measured"
         if lines:
-            measured = [mean_std([line["images_per_s"] for line in lines], 0), ratio,
+            measured = [mean_std([line["images_per_s"] for line in lines], 0),
+                        mean_std([line["step_ms_p50"] for line in lines], 0), ratio,
                         f"{max(line['peak_mib'] for line in lines):.0f}", machine(lines[-1])]
         diff = "+{} -{}".format(*changed_lines(before, path)) if before else ""
         adds = docstring(path)["Adds"].removeprefix("the baseline: ")
         rows.append([named(path, lines), adds, diff, *measured, *["not measured"] * 3])
     return rows
 
+KINDS = "gap", "gap centred", "cls", "cls centred"
+
 def learning_rows():
-    """A row per training run on CIFAR-10 or -100 in results/mainN.jsonl."""
-    rows = [["Script", "Data, size", "Epochs", "Images a step", "Loss after epoch 1", "at the end (stages)",
+    """A row per training run on CIFAR-10 in results/mainN.jsonl."""
+    rows = [["Script", "Size", "Epochs", "Images a step", "Loss after epoch 1", "at the end (stages)",
              "20-NN % patch mean", "centred", "class token", "centred", "Minutes", "Machine"]]
     for _, path in scripts("vitfreeze"):
         for line in lines_of(path, path.stem) if path.name.startswith("main") else []:
             for run in line["runs"]:
                 first, last = run["epochs"][0], run["epochs"][-1]
                 stages = " + ".join(f"{last[f'stage_{i}']:.4f}" for i in range(1, 5))
-                kinds = "gap", "gap centred", "cls", "cls centred"
-                votes = [f"{100 * run['knn'][kind]['20'][0]:.1f}" for kind in kinds]
+                votes = [f"{100 * run['knn'][kind]['20'][0]:.1f}" for kind in KINDS]
                 hyp = line["hyp"]
-                rows.append([named(path, [line]), f"{line['data']}, {hyp['size']}", f"{hyp['epochs']:g}",
+                rows.append([named(path, [line]), hyp["size"], f"{hyp['epochs']:g}",
                              str(hyp["batch_size"] * hyp["accum_iter"] * line["processes"]),
                              f"{first['train_loss']:.3f}", f"{last['train_loss']:.3f} ({stages})", *votes,
                              f"{run['time_seconds'] / 60:.1f}", machine(line)])
     return rows
 
-TABLES = {"ladder": lambda: markdown(ladder_rows()), "learning": lambda: markdown(learning_rows())}
+def origin(line):
+    """Where the features of a line of k-NN, probe or fine-tuning come from."""
+    source = line["checkpoint"] if "checkpoint" in line else line["hyp"]["pretrained"]
+    if line["hyp"].get("features", "encoder") != "encoder":
+        return dict(hog="HOG of 4 x 4 cells", pixels="pixels")[line["hyp"]["features"]]
+    return f"{line['hyp']['size']}, " + (
+        f"`{source['script']}`, {source['epochs']:g} epochs" if source else "random weights")
+
+def groups_of(path, key):
+    """{key of the line: [(line, run)]} of a script, oldest first."""
+    groups = {}
+    for line in lines_of(path, path.stem):
+        groups.setdefault(key(line), []).extend((line, run) for run in line["runs"])
+    return groups
+
+def votes_rows():
+    """A row per kind of features: k-NN."""
+    rows = [["Script", "Features", "20-NN % patch mean", "centred", "class token", "centred", "runs"]]
+    path = HERE / "knn.py"
+    for name, group in groups_of(path, origin).items():
+        cells, raw = [], group[0][0]["hyp"]["features"]
+        for kind in KINDS:
+            wanted = kind if raw == "encoder" else kind.replace("gap", raw)
+            votes = [row["top1"] for _, run in group for row in run["epochs"]
+                     if row["k"] == 20 and row["features"] == wanted]
+            cells.append(mean_std(votes, 1, 100) if votes else "")
+        rows.append([named(path, [line for line, _ in group]), name, *cells, str(len(group))])
+    return rows
+
+def probes_rows():
+    """A row per script and encoder: accuracy of linear probe or fine-tuning, seed by seed against random."""
+    rows = [["Script", "Epochs", "Encoder", "Accuracy %", "runs", "less that of random weights (pairs)",
+             "Minutes", "Machine"]]
+    for path in (HERE / "linprobe.py", HERE / "finetune.py"):
+        def settings_of(line):
+            return json.dumps({key: value for key, value in line["hyp"].items() if key != "pretrained"})
+        groups = groups_of(path, lambda line: (settings_of(line), origin(line)))
+        for (settings_, name), group in groups.items():
+            accs = {run["seed"]: run["acc"] for _, run in group}
+            random = groups.get((settings_, f"{group[0][0]['hyp']['size']}, random weights"), [])
+            pairs = [accs[run["seed"]] - run["acc"] for _, run in random if run["seed"] in accs]
+            against = f"{mean_std(pairs, 2, 100)} ({len(pairs)})" if pairs and random is not group else ""
+            rows.append([named(path, [line for line, _ in group]), f"{group[0][0]['hyp']['epochs']:g}", name,
+                         mean_std([*accs.values()], 2, 100), str(len(accs)), against,
+                         mean_std([run["time_seconds"] / 60 for _, run in group], 1), machine(group[-1][0])])
+    return rows
+
+TABLES = {"ladder": lambda: markdown(ladder_rows()), "learning": lambda: markdown(learning_rows()),
+          "votes": lambda: markdown(votes_rows()), "probes": lambda: markdown(probes_rows())}
