@@ -333,9 +333,9 @@ class Folder(torch.utils.data.Dataset):
     def __getitem__(self, item):
         if not self.device:
             return self.decoded(item)
-        with contextlib.suppress(RuntimeError, OSError):
-            return torchvision.io.read_file(self.paths[item[0]]), item
-        return torch.zeros(1, dtype=torch.uint8), item
+        with contextlib.suppress(OSError):
+            return pathlib.Path(self.paths[item[0]]).read_bytes() or b"empty", item
+        return b"unreadable", item
     def decoded(self, item):
         (index, numbers, size), broken = item, []
         while len(broken) < 100:
@@ -355,15 +355,15 @@ class Folder(torch.utils.data.Dataset):
         """Rows as of decoded() from [(content, item)]; what the device cannot decode goes the usual way."""
         def decode(content):
             return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB, device=self.device)
-        contents, items = zip(*files)
+        contents = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content, _ in files]
         try:
-            images = decode(list(contents))
+            images = decode(contents)
         except RuntimeError:  # of at least one of them
             images = [None] * len(files)
             for place, content in enumerate(contents):
                 with contextlib.suppress(RuntimeError):
                     images[place] = decode(content)
-        for image, (index, numbers, size) in zip(images, items):
+        for image, (_, (index, numbers, size)) in zip(images, files):
             if image is None:
                 view, *rest = self.decoded((index, numbers, size))
                 yield view.to(self.device), *rest

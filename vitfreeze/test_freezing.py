@@ -1,0 +1,187 @@
+"""Checks of the scripts that freeze layers, against published times, plain forms and the scripts that do not."""
+import collections
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from test_vitfreeze import (  # before torch: it has kernels interpreted
+    CPU, ENV, MAINS, call, data, final, flags, load, photos, same_weights, settings)
+
+import pytest
+import torch
+
+FREEZE = load(MAINS[5])
+FREEZING = MAINS[5:]
+
+# ---------------------------------------------------------------------- when what freezes
+def freeze_epochs(**hyp):
+    """Epochs after which each layer no longer trains, in a run of 100 with 10 of warm-up, by looking at every
+    thousandth of an epoch"""
+    with settings(FREEZE, **dict(dict(size="base", epochs=100.0, warmup_epochs=10.0), **hyp)):
+        levels = [FREEZE.freeze_level(step, 1000) for step in range(100000)]
+    assert levels == sorted(levels) and levels[10000] == 0
+    return [levels.index(level) / 1000 for level in range(1, max(levels) + 1)]
+
+def test_freeze_times_are_the_published_ones():
+    assert freeze_epochs(t_0=0.8, how_scale="cubic") == pytest.approx(
+        [56.1, 59.0, 62.1, 65.3, 68.6, 72.0, 75.6, 79.3, 83.2, 87.2, 91.3, 95.6], abs=0.06)
+    for t_0, first, *stages in ((0.65, 34.7, 42, 51, 85), (0.7, 40.9, 48, 56, 87), (0.75, 48.0, 55, 62, 89),
+                                (0.85, 65.3, 70, 76, 93), (0.9, 75.6, 79, 83, 96)):
+        times = freeze_epochs(t_0=t_0, how_scale="cubic")
+        assert times[0] == pytest.approx(first, abs=0.06)
+        assert [times[tap] for tap in (2, 4, 10)] == pytest.approx(stages, abs=0.6)
+    assert freeze_epochs(t_0=0.5, how_scale="linear")[0] == pytest.approx(55.0, abs=0.01)
+    assert freeze_epochs(t_0=1.0) == []
+    with settings(FREEZE, size="base", t_0=0.8, how_scale="squared"):
+        assert FREEZE.shares() == pytest.approx([
+            0.64, 0.667, 0.694, 0.723, 0.751, 0.78, 0.81, 0.84, 0.871, 0.902, 0.934, 0.967, 1], abs=6e-4)
+    with settings(FREEZE, size="base", t_0=0.8, dont_freeze_pe=True):
+        assert FREEZE.shares()[:2] == pytest.approx([1, 0.512]) and FREEZE.shares()[-1] == pytest.approx(1)
+
+@pytest.mark.parametrize("schedule, original, prefix", [
+    (("cubic", 0.9), 5.2, 8.4), (("cubic", 0.8), 9.7, 15.7), (("cubic", 0.65), 15.2, 24.7),
+    (("cubic", 0.5), 19.5, 31.8), (("squared", 0.8), 6.9, 11.2), (("linear", 0.5), 9.3, 14.9)])
+def test_flops_saved(schedule, original, prefix):
+    """In percent of a run of ViT-B, as a formula over the shares gives them"""
+    how_scale, t_0 = schedule
+    for keep_graph, saved in ((True, original), (False, prefix)):
+        with settings(FREEZE, size="base", how_scale=how_scale, t_0=t_0, keep_graph=keep_graph, epochs=100.0,
+                      warmup_epochs=10.0):
+            levels = collections.Counter(FREEZE.freeze_level(step, 20) for step in range(2000))
+            flops = sum(count * FREEZE.train_flops(level) for level, count in levels.items()) / 2000
+            assert 100 * (1 - flops / FREEZE.train_flops()) == pytest.approx(saved, abs=0.25)
+
+def test_learning_rates_of_layers():
+    with settings(FREEZE, epochs=100, warmup_epochs=10, batch_size=2048, accum_iter=1, blr=2e-4, min_lr=1e-6):
+        rate = lambda epoch, share: FREEZE.learning_rate(epoch * 50, 50, share)
+        assert rate(5, 0.5) == pytest.approx(1.6e-3) and rate(10, 0.5) == pytest.approx(3.2e-3)
+        assert rate(10 + 22.5, 0.5) == pytest.approx((3.2e-3 + 1e-6) / 2) and rate(55, 0.5) == 1e-6
+        assert rate(70, 0.5) == 1e-6
+        with settings(FREEZE, not_scale_lr=True):
+            assert rate(10, 0.5) == pytest.approx(1.6e-3) and rate(55, 0.5) == pytest.approx(1e-6)
+
+# ---------------------------------------------------------------------- what frozen means
+def step_of(model, optimizer, level, seed):
+    images, noise = photos(6, seed=seed), torch.rand(6, 64, generator=torch.Generator().manual_seed(seed))
+    losses = model(images, noise, level)
+    losses.sum().backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return losses
+
+@pytest.mark.parametrize("level", [1, 2, 3, 5, 6])
+def test_what_is_frozen_needs_no_gradient_and_stays_to_the_bit(level):
+    """Micro has stages on blocks 1, 3, 5 and 6."""
+    with settings(FREEZE, size="micro"):
+        model, seen = FREEZE.make_model(CPU, 0), {}
+        optimizer = FREEZE.make_optimizer(model)
+        step_of(model, optimizer, 0, seed=0)
+        for i, block in enumerate(model.blocks, 1):
+            block.register_forward_hook(
+                lambda _, inputs, output, i=i: seen.update({i: output[0].requires_grad}))
+        optimizer = FREEZE.freeze(model, optimizer, level)
+        frozen = {name for name, _ in model.named_parameters() if not FREEZE.trains(name, level)}
+        assert frozen == {name for name, p in model.named_parameters() if p.grad is None}
+        assert {name for name in frozen if name.startswith("patch_embed")} and (
+            ("cls_token" in frozen) == (level > 1))
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        for seed in range(5):
+            losses = step_of(model, optimizer, level, seed)
+            assert [loss > 0 for loss in losses.tolist()] == [tap >= level for tap in (1, 3, 5, 6)]
+        assert seen == {i: i >= level for i in range(1, 7)} or level == 1 and all(seen.values())
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == (name in frozen), name
+
+@pytest.mark.parametrize("mode", ["prefix", "keep_graph", "dont_freeze_pe"])
+def test_what_trains_has_the_gradients_that_it_would_have_anyway(mode):
+    level, (images, noise) = 4, (photos(6), torch.rand(6, 64, generator=torch.Generator().manual_seed(1)))
+    with settings(FREEZE, size="micro", **({} if mode == "prefix" else {mode: True})):
+        model = FREEZE.make_model(CPU, 0)
+        model(images, noise)[2:].sum().backward()
+        wanted = {name: p.grad.clone() for name, p in model.named_parameters() if FREEZE.trains(name, level)}
+        model.zero_grad()
+        if mode != "prefix":
+            model.stand_ins = {i: load(MAINS[5]).Block(128, 4).requires_grad_(False) for i in range(1, level)}
+            for i, block in model.stand_ins.items():
+                block.load_state_dict(model.blocks[i - 1].state_dict())
+        model(images, noise, level).sum().backward()
+        assert ("cls_token" in wanted) == (mode != "prefix")
+        assert ("patch_embed.weight" in wanted) == (mode == "dont_freeze_pe")
+        for name, p in model.named_parameters():
+            assert (p.grad is None) == (name not in wanted), name
+            p.grad is None or torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-4)
+
+def test_moments_of_what_still_trains_are_kept():
+    with settings(FREEZE, size="micro"):
+        model = FREEZE.make_model(CPU, 0)
+        old = FREEZE.make_optimizer(model)
+        step_of(model, old, 0, seed=0)
+        new = FREEZE.freeze(model, old, 3)
+        live = [p for name, p in model.named_parameters() if FREEZE.trains(name, 3)]
+        assert {*map(id, new.state)} == {*map(id, live)} and len(live) < len(old.state)
+        assert all(torch.equal(new.state[p]["exp_avg"], old.state[p]["exp_avg"]) for p in live)
+        assert [group["share"] for group in new.param_groups] == sorted(
+            [share for share in FREEZE.shares()[3:] for _ in (0, 1)], reverse=True)
+
+# ---------------------------------------------------------------------- whole runs
+EARLY = ["--t_0=0.5", "--epochs=3", "--warmup_epochs=0.5", "--no-compile"]  # the first layer in step 10 of 36
+
+@pytest.mark.parametrize("path", FREEZING, ids=lambda path: path.stem)
+def test_a_run_that_freezes_late_enough_is_that_of_main4(path, data, tmp_path):
+    call(MAINS[4], *flags(data, tmp_path / "a"), "--no-compile")
+    call(path, *flags(data, tmp_path / "b"), "--no-compile", "--t_0=1")
+    assert same_weights(final(tmp_path / "b"), final(tmp_path / "a"))
+    assert [row["train_loss"] for row in final(tmp_path / "b")["rows"]] == [
+        row["train_loss"] for row in final(tmp_path / "a")["rows"]]
+
+@pytest.fixture(scope="module", params=FREEZING, ids=lambda path: path.stem)
+def early(request, data, tmp_path_factory):
+    """(script, folder) of a run in which layers freeze in steps 10 to 33 of 36"""
+    folder = tmp_path_factory.mktemp("early")
+    call(request.param, *flags(data, folder), *EARLY)
+    return request.param, folder
+
+def test_layers_and_stages_leave_the_table_and_the_time(early):
+    path, folder = early
+    line, rows = json.loads((folder / "o.jsonl").read_text()), final(folder)["rows"]
+    assert [row["frozen"] for row in rows] == [1, 3, 4]
+    assert ["stage_1" in row for row in rows] == [True, True, False] and "stage_4" in rows[-1]
+    assert line["pflops"] < 0.9 * line["pflops_nominal"] and len(line["runs"][0]["epoch_images_per_s"]) == 3
+
+@pytest.mark.parametrize("step", [12, 24])
+def test_a_killed_run_goes_on_across_freezes(early, data, tmp_path, step):
+    path, folder = early
+    command = [sys.executable, path, *flags(data, tmp_path), *EARLY]
+    run = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "seed0" / f"checkpoint-{step:08d}.pt").exists() and run.poll() is None:
+        pass
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    text = call(path, *flags(data, tmp_path), *EARLY)
+    assert re.search(rf"continuing after {step} of 36 steps", text)
+    assert same_weights(final(tmp_path), final(folder))
+    assert final(tmp_path)["rows"] == final(folder)["rows"]
+
+def test_two_processes_freeze_as_one(early, data, tmp_path):
+    path, folder = early
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*torchrun, path, *flags(data, tmp_path), *EARLY, "--batch_size=2", "--accum_iter=2"]
+    run = subprocess.run(command, env=ENV, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    for ours, theirs in zip(final(tmp_path)["rows"], final(folder)["rows"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=5e-3)
+        assert ours["frozen"] == theirs["frozen"]
+
+def test_the_original_graph_can_be_kept(data, tmp_path):
+    for mode in ("keep_graph", "dont_freeze_pe"):
+        call(MAINS[5], *flags(data, tmp_path / mode), *EARLY, f"--{mode}")
+        rows = final(tmp_path / mode)["rows"]
+        assert rows[-1]["frozen"] == 4 and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    call(MAINS[5], "--data", data, "--out", tmp_path / "o", "--t_0=0", code=2)
