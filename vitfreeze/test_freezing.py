@@ -15,8 +15,8 @@ from test_vitfreeze import (  # before torch: it has kernels interpreted
 import pytest
 import torch
 
-FREEZE = load(MAINS[5])
-FREEZING = MAINS[5:]
+FREEZE, GLOBAL, CONSTANT, WEIGHTS, STAGES = (load(path) for path in MAINS[5:10])
+WHOLE = [MAINS[5], MAINS[8]]  # the others share their training loop
 
 # ---------------------------------------------------------------------- when what freezes
 def freeze_epochs(**hyp):
@@ -130,10 +130,73 @@ def test_moments_of_what_still_trains_are_kept():
         assert [group["share"] for group in new.param_groups] == sorted(
             [share for share in FREEZE.shares()[3:] for _ in (0, 1)], reverse=True)
 
+# ---------------------------------------------------------------------- later steps
+def test_one_cosine_for_all_layers():
+    with settings(GLOBAL, size="base", t_0=0.5), torch.device("meta"):
+        groups = GLOBAL.make_optimizer(GLOBAL.LocalMIM(), 5).param_groups
+        names = [name for name, _ in GLOBAL.LocalMIM().named_parameters() if GLOBAL.trains(name, 5)]
+    assert [group["weight_decay"] for group in groups] == [0.05, 0]
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    for epoch in (0, 5, 10, 60, 99):
+        with settings(GLOBAL, epochs=100, warmup_epochs=10), settings(FREEZE, epochs=100, warmup_epochs=10):
+            assert GLOBAL.learning_rate(epoch * 20, 20) == FREEZE.learning_rate(epoch * 20, 20)
+
+def test_constant_learning_rate_and_cooldown():
+    with settings(CONSTANT, epochs=100, warmup_epochs=10, batch_size=1024, blr=4e-4, min_lr=0.0, cooldown=0.2):
+        rates = [CONSTANT.learning_rate(epoch * 20, 20) for epoch in (5, 10, 50, 80, 90, 100)]
+    assert rates == pytest.approx([8e-4, 1.6e-3, 1.6e-3, 1.6e-3, 8e-4, 0])
+
+def test_stage_weights():
+    losses = dict(stage_1=0.08, stage_2=0.04, stage_3=0.02, stage_4=0.02)
+    def weights(kind, done, losses):
+        with settings(WEIGHTS, size="base", stage_weights=kind):
+            return WEIGHTS.stage_weights(done, losses)
+    assert weights("equal", 0.3, losses) == [1] * 4
+    inverse = [4 * part / (25 / 12) for part in (1 / 4, 1 / 3, 1 / 2, 1)]
+    assert weights("inverse", 0.3, {}) == pytest.approx(inverse)
+    assert weights("ramp", 0, losses) == pytest.approx(inverse[::-1])
+    assert weights("ramp", 1, losses) == pytest.approx(inverse)
+    assert weights("equalised", 0, {}) == [1] * 4
+    equal = weights("equalised", 0.5, losses)
+    assert [a * b for a, b in zip(equal, losses.values())] == pytest.approx([0.08 * equal[0]] * 4)
+    assert sum(equal) == pytest.approx(4) and weights("equalised", 0.5, dict(stage_4=0.1)) == [0, 0, 0, 4]
+
+def test_weights_reach_the_gradients(data, tmp_path):
+    """With all weight on the last two stages, the heads of the first two stand still but for weight decay."""
+    code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import {MAINS[8].stem} as m
+m.stage_weights = lambda done, losses: [0.0, 0.0, 2.0, 2.0]
+m.main(m.flag_parser().parse_args())"""
+    command = [sys.executable, "-c", code, *flags(data, tmp_path), "--no-compile", "--weight_decay=0"]
+    subprocess.run(command, env=ENV, check=True, capture_output=True)
+    with settings(WEIGHTS, size="nano"):
+        fresh = WEIGHTS.make_model(CPU, 0).state_dict()
+    moved = {name.split(".")[1] for name, p in final(tmp_path)["model"].items()
+             if name.startswith("decoders") and not torch.equal(p, fresh[name])}
+    assert moved == {"2", "3"}
+
+def test_a_stage_on_every_block():
+    with settings(STAGES, size="base"), torch.device("meta"):
+        model = STAGES.LocalMIM()
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(98.85e6, rel=1e-3)
+        assert sum(p.numel() for p in model.decoders[0].parameters()) == 1160923 + 1536  # its norm
+        assert STAGES.train_flops() / 1e9 == pytest.approx(41.8, rel=0.01)
+    for size in STAGES.SIZES.values():
+        assert size.taps == tuple(range(1, size.depth + 1)) and len(size.scales) == size.depth
+    with settings(STAGES, size="base", t_0=0.5), torch.no_grad():
+        size = STAGES.SIZES["base"]._replace(dim=24, heads=2, dec_dim=16, dec_heads=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(STAGES.SIZES, "base", size)
+            model, images = STAGES.make_model(CPU, 0), photos(2, 224)
+        for scale, cells in zip(size.scales, model.targets(images), strict=True):
+            wanted = load(MAINS[0]).hog(images, int(16 / scale), 9)
+            torch.testing.assert_close(cells, wanted, atol=1e-5, rtol=0)
+        losses = model(images, torch.rand(2, 196), 4)
+        assert [loss > 0 for loss in losses.tolist()] == [False] * 3 + [True] * 9
+
 # ---------------------------------------------------------------------- whole runs
 EARLY = ["--t_0=0.5", "--epochs=3", "--warmup_epochs=0.5", "--no-compile"]  # the first layer in step 10 of 36
 
-@pytest.mark.parametrize("path", FREEZING, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MAINS[5:7], ids=lambda path: path.stem)
 def test_a_run_that_freezes_late_enough_is_that_of_main4(path, data, tmp_path):
     call(MAINS[4], *flags(data, tmp_path / "a"), "--no-compile")
     call(path, *flags(data, tmp_path / "b"), "--no-compile", "--t_0=1")
@@ -141,7 +204,7 @@ def test_a_run_that_freezes_late_enough_is_that_of_main4(path, data, tmp_path):
     assert [row["train_loss"] for row in final(tmp_path / "b")["rows"]] == [
         row["train_loss"] for row in final(tmp_path / "a")["rows"]]
 
-@pytest.fixture(scope="module", params=FREEZING, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=WHOLE, ids=lambda path: path.stem)
 def early(request, data, tmp_path_factory):
     """(script, folder) of a run in which layers freeze in steps 10 to 33 of 36"""
     folder = tmp_path_factory.mktemp("early")
