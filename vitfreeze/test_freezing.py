@@ -1,4 +1,4 @@
-"""Checks of the scripts that freeze layers, against published times, plain forms and the scripts that do not."""
+"""Checks of the scripts that freeze layers, against published times, plain forms and scripts that do not."""
 import collections
 import json
 import pathlib
@@ -142,7 +142,7 @@ def test_one_cosine_for_all_layers():
             assert GLOBAL.learning_rate(epoch * 20, 20) == FREEZE.learning_rate(epoch * 20, 20)
 
 def test_constant_learning_rate_and_cooldown():
-    with settings(CONSTANT, epochs=100, warmup_epochs=10, batch_size=1024, blr=4e-4, min_lr=0.0, cooldown=0.2):
+    with settings(CONSTANT, epochs=100, warmup_epochs=10, batch_size=1024, blr=4e-4, min_lr=0, cooldown=0.2):
         rates = [CONSTANT.learning_rate(epoch * 20, 20) for epoch in (5, 10, 50, 80, 90, 100)]
     assert rates == pytest.approx([8e-4, 1.6e-3, 1.6e-3, 1.6e-3, 8e-4, 0])
 
