@@ -1,22 +1,24 @@
 """Checks of the scripts that freeze layers, against published times, plain forms and scripts that do not."""
 import collections
 import json
+import math
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from test_vitfreeze import (  # before torch: it has kernels interpreted
-    CPU, ENV, MAINS, call, data, final, flags, load, photos, same_weights, settings)
+    CPU, ENV, MAINS, call, data, final, flags, load, photos, same_weights, settings, side_by_side)
 
 import pytest
 import torch
 
-FREEZE, GLOBAL, CONSTANT, WEIGHTS, STAGES = (load(path) for path in MAINS[5:10])
-WHOLE = [MAINS[5], MAINS[8]]  # the others share their training loop
+FREEZE, GLOBAL, CONSTANT, WEIGHTS, STAGES, CACHE = (load(path) for path in MAINS[5:11])
+WHOLE = [MAINS[5], MAINS[8], MAINS[10]]  # the others share their training loop
 
 # ---------------------------------------------------------------------- when what freezes
 def freeze_epochs(**hyp):
@@ -193,16 +195,80 @@ def test_a_stage_on_every_block():
         losses = model(images, torch.rand(2, 196), 4)
         assert [loss > 0 for loss in losses.tolist()] == [False] * 3 + [True] * 9
 
+def test_stored_tokens_are_those_of_the_whole_prefix():
+    """To the bit: fresh ones, those that go on from an earlier level, and those of images that differ in it"""
+    with settings(CACHE, size="nano", views=3):
+        model, views = CACHE.make_model(CPU, 0), CACHE.Views(20, CPU)
+        images, noise = photos(20), torch.rand(20, 64, generator=torch.Generator().manual_seed(1))
+        def tokens(index, view, level):
+            index = torch.tensor(index)
+            return views(model, images[index], noise[index], index, view, level), index
+        for index, view, level in (([3, 1, 7, 2], 0, 2), ([7, 3, 1, 2], 0, 2), ([2, 1, 3, 7], 0, 4),
+                                   ([3, 1, 5, 4], 1, 2), ([3, 6, 5, 0], 1, 3), ([5, 0, 3, 6], 1, 3)):
+            found, index = tokens(index, view, level)
+            wanted = model.prefix(images[index], model.kept(noise[index]), level)
+            assert torch.equal(found, wanted) and not found.requires_grad
+        assert views.passed[0].tolist() == [0, 4, 4, 4, 0, 0, 0, 4] + [0] * 12
+        assert set(views.tokens) == {0, 1} and views.passed[2].sum() == 0
+        whole = model(images, noise, 3)
+        stored = model(images, noise, 3, model.prefix(images, model.kept(noise), 3).detach())
+        assert torch.equal(whole, stored)
+
+def test_views_take_turns_and_stay_the_same():
+    with settings(CACHE, size="nano", views=2, batch_size=4, epochs=10.0, warmup_epochs=1.0, t_0=0.5):
+        train_set = CACHE.Memory(**CACHE.draw_synthetic(20, 0))
+        first = next(step for step in range(50) if CACHE.freeze_level(step, 5) > 1)
+        steps, seen = list(CACHE.plan(train_set, 0, 0, 50, CPU)), collections.defaultdict(set)
+        again = list(CACHE.plan(train_set, 0, first + 3, 50, CPU))
+        for one, two in zip(steps[first + 3:], again, strict=True):
+            assert torch.equal(one[0][1], two[0][1]) and torch.equal(one[1], two[1])
+        for (index, numbers), noise in steps:
+            for image, *rest in zip(index.tolist(), numbers[:, 0].tolist(), noise[:, 0].tolist()):
+                seen[image].add(tuple(rest))
+        assert {len(values) for values in seen.values()} <= {math.ceil(first / 5) + 2, first // 5 + 2}
+        assert [CACHE.view_of(step, 5) for step in (first - 1, 40, 44, 45)] == [None, 0, 0, 1]
+
+@pytest.mark.parametrize("t_0, saved", [(0.8, 22.0), (0.5, 44.6)])
+def test_flops_saved_by_storing(t_0, saved):
+    """As the formula says when nothing frozen ever runs; a view must come once for that."""
+    with settings(CACHE, size="base", t_0=t_0, epochs=100.0, warmup_epochs=10.0):
+        sizes = dict(taps=(2, 4, 10, 12), scales=(4, 2, 1, 1 / 2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(CACHE.SIZES, "base", CACHE.SIZES["base"]._replace(**sizes))
+            levels = [CACHE.freeze_level(step, 20) for step in range(2000)]
+            flops = sum(CACHE.train_flops(level, level) for level in levels) / 2000
+            assert 100 * (1 - flops / CACHE.train_flops()) == pytest.approx(saved, abs=0.3)
+
+def test_storing_changes_nothing_but_time(data, tmp_path):
+    """A run that computes every prefix afresh ends with the same weights."""
+    code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import {MAINS[10].stem} as m
+def afresh(self, model, images, noise, index, view, level):
+    with m.torch.no_grad():
+        return model.prefix(images, model.kept(noise), level)
+m.Views.__call__ = afresh
+m.main(m.flag_parser().parse_args())"""
+    more = ["--views=1", "--t_0=0.2", "--epochs=5"]
+    command = [sys.executable, "-c", code, *flags(data, tmp_path / "a"), "--no-compile", *more]
+    subprocess.run(command, env=ENV, check=True, capture_output=True)
+    call(MAINS[10], *flags(data, tmp_path / "b"), "--no-compile", *more)
+    assert same_weights(final(tmp_path / "a", 60), final(tmp_path / "b", 60))
+    line = json.loads((tmp_path / "b" / "o.jsonl").read_text())
+    assert line["pflops"] < json.loads((tmp_path / "a" / "o.jsonl").read_text())["pflops_nominal"]
+    call(MAINS[10], *flags(data, tmp_path / "c"), "--views=-1", code=2)
+    assert "MiB" in call(MAINS[10], *flags(data, tmp_path / "c"), "--views=1000000000", "--epochs=1e9",
+                         code=2)
+
 # ---------------------------------------------------------------------- whole runs
 EARLY = ["--t_0=0.5", "--epochs=3", "--warmup_epochs=0.5", "--no-compile"]  # the first layer in step 10 of 36
 
-@pytest.mark.parametrize("path", MAINS[5:7], ids=lambda path: path.stem)
-def test_a_run_that_freezes_late_enough_is_that_of_main4(path, data, tmp_path):
-    call(MAINS[4], *flags(data, tmp_path / "a"), "--no-compile")
-    call(path, *flags(data, tmp_path / "b"), "--no-compile", "--t_0=1")
-    assert same_weights(final(tmp_path / "b"), final(tmp_path / "a"))
-    assert [row["train_loss"] for row in final(tmp_path / "b")["rows"]] == [
-        row["train_loss"] for row in final(tmp_path / "a")["rows"]]
+def test_runs_that_freeze_late_enough_are_those_of_main4(data, tmp_path):
+    def run(path, *more):
+        call(path, *flags(data, tmp_path / path.stem), "--no-compile", *more)
+        return final(tmp_path / path.stem)
+    main4, *others = side_by_side(run, MAINS[4:7], ("--seed=0", "--t_0=1", "--t_0=1"))
+    for other in others:
+        assert same_weights(other, main4)
+        assert [row["train_loss"] for row in other["rows"]] == [row["train_loss"] for row in main4["rows"]]
 
 @pytest.fixture(scope="module", params=WHOLE, ids=lambda path: path.stem)
 def early(request, data, tmp_path_factory):
@@ -218,19 +284,21 @@ def test_layers_and_stages_leave_the_table_and_the_time(early):
     assert ["stage_1" in row for row in rows] == [True, True, False] and "stage_4" in rows[-1]
     assert line["pflops"] < 0.9 * line["pflops_nominal"] and len(line["runs"][0]["epoch_images_per_s"]) == 3
 
-@pytest.mark.parametrize("step", [12, 24])
-def test_a_killed_run_goes_on_across_freezes(early, data, tmp_path, step):
+def test_a_killed_run_goes_on_across_freezes(early, data, tmp_path):
     path, folder = early
-    command = [sys.executable, path, *flags(data, tmp_path), *EARLY]
-    run = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "seed0" / f"checkpoint-{step:08d}.pt").exists() and run.poll() is None:
-        pass
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    text = call(path, *flags(data, tmp_path), *EARLY)
-    assert re.search(rf"continuing after {step} of 36 steps", text)
-    assert same_weights(final(tmp_path), final(folder))
-    assert final(tmp_path)["rows"] == final(folder)["rows"]
+    def kill_and_continue(step):
+        place = tmp_path / str(step)
+        command = [sys.executable, path, *flags(data, place), *EARLY]
+        run = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (place / "seed0" / f"checkpoint-{step:08d}.pt").exists() and run.poll() is None:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        text = call(path, *flags(data, place), *EARLY)
+        assert re.search(rf"continuing after {step} of 36 steps", text)
+        return final(place)
+    for state in side_by_side(kill_and_continue, (12, 24)):
+        assert same_weights(state, final(folder)) and state["rows"] == final(folder)["rows"]
 
 def test_two_processes_freeze_as_one(early, data, tmp_path):
     path, folder = early
@@ -243,8 +311,9 @@ def test_two_processes_freeze_as_one(early, data, tmp_path):
         assert ours["frozen"] == theirs["frozen"]
 
 def test_the_original_graph_can_be_kept(data, tmp_path):
-    for mode in ("keep_graph", "dont_freeze_pe"):
+    def rows(mode):
         call(MAINS[5], *flags(data, tmp_path / mode), *EARLY, f"--{mode}")
-        rows = final(tmp_path / mode)["rows"]
-        assert rows[-1]["frozen"] == 4 and rows[-1]["train_loss"] < rows[0]["train_loss"]
+        return final(tmp_path / mode)["rows"]
+    for found in side_by_side(rows, ("keep_graph", "dont_freeze_pe")):
+        assert found[-1]["frozen"] == 4 and found[-1]["train_loss"] < found[0]["train_loss"]
     call(MAINS[5], "--data", data, "--out", tmp_path / "o", "--t_0=0", code=2)
