@@ -52,7 +52,7 @@ def photos(n, side=32, seed=5):
     ("small", 25463276, 81, 158, 11.6), ("base", 89916140, 81, 158, 31.17),
     ("large", 307632364, 129, 254, 97.0), ("micro", 1445164, 55, 106, 0.22)])
 def test_published_sizes(size, parameters, decayed, other, gflops):
-    for path in MAINS:
+    for path in MAINS[:9]:
         module = load(path)
         with settings(module, size=size), torch.device("meta"):
             model = module.LocalMIM()
@@ -121,7 +121,7 @@ def test_all_steps_of_the_ladder_compute_the_same(size, steps, interpret, monkey
     images, noises = photos(count, BASE.SIZES[size].image), torch.rand(steps, count, 64)
     losses, shown, targets, tokens = run_steps(BASE, size, steps, images, noises)
     assert steps == 1 or (losses[-1] < losses[0]).all()
-    for path in MAINS[1:]:
+    for path in MAINS[1:9]:
         other = run_steps(load(path), size, steps, images, noises)
         torch.testing.assert_close(other[0], losses, atol=1e-4, rtol=0)
         torch.testing.assert_close(other[2], targets, atol=1e-5, rtol=0)
