@@ -29,11 +29,13 @@ SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", 
 
 # ---------------------------------------------------------------------- scripts as text
 def scripts(ladder):
-    """[(predecessor or None, script)] of a folder: mainN after mainN-1, every other script after main0."""
+    """[(predecessor or None, script)] of a folder: mainN after mainN-1, X_y after X, others after main0."""
     folder = ROOT / ladder
     mains = sorted(folder.glob("main*.py"), key=lambda path: int(re.match(r"main(\d+)_", path.name)[1]))
     others = sorted(path for path in folder.glob("*.py") if path not in mains and path.name[:5] != "test_")
-    return list(zip([None] + mains, mains)) + [(mains[0], path) for path in others]
+    before = {path: folder / f"{path.stem.rpartition('_')[0]}.py" for path in others}
+    return list(zip([None] + mains, mains)) + [
+        (old if old in others else mains[0], path) for path, old in before.items()]
 
 ALL = [pair for ladder in LADDERS for pair in scripts(ladder)]
 

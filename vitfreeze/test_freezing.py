@@ -372,3 +372,50 @@ def test_the_original_graph_can_be_kept(data, tmp_path):
     for found in side_by_side(rows, ("keep_graph", "dont_freeze_pe")):
         assert found[-1]["frozen"] == 4 and found[-1]["train_loss"] < found[0]["train_loss"]
     call(MAINS[5], "--data", data, "--out", tmp_path / "o", "--t_0=0", code=2)
+
+# ---------------------------------------------------------------------- fine-tuning
+TUNING = ["--size=nano", "--epochs=2", "--warmup_epochs=0.5", "--lr=2e-3", "--device=cpu"]
+
+def tuning(path, data, folder, *more):
+    """State of a run of fine-tuning, of 12 steps, from the command line."""
+    call(path, f"--data={data}", f"--out={folder}/o.jsonl", f"--output_dir={folder}", *TUNING,
+         "--batch_size=16", "--save_epochs=0.5", *more)
+    return torch.load(sorted(folder.glob("seed0/checkpoint-*.pt"))[-1], weights_only=True)
+
+def test_fine_tuning_that_freezes_late_enough_is_fine_tuning(data, tmp_path):
+    runs = ((HERE / "finetune.py", "--seed=0"), (HERE / "finetune_freeze.py", "--t_0=1"),
+            (HERE / "finetune_freeze.py", "--t_0=0.5"))
+    plain, late, early = side_by_side(
+        lambda path, flag: tuning(path, data, tmp_path / f"{path.stem}{flag}", flag), *zip(*runs))
+    assert same_weights(late, plain) and not same_weights(early, plain)
+    assert [row["frozen"] for row in early["rows"]] == [1, 4]
+    line = json.loads((tmp_path / "finetune_freeze--t_0=0.5" / "o.jsonl").read_text())
+    assert line["pflops"] < 0.9 * line["pflops_nominal"]
+
+def test_frozen_layers_of_fine_tuning_stay_and_a_stopped_run_goes_on(data, tmp_path):
+    path, flag = HERE / "finetune_freeze.py", "--t_0=0.5"
+    whole = tuning(path, data, tmp_path / "a", flag)
+    for old in sorted((tmp_path / "a").glob("seed0/checkpoint-*.pt"))[1:]:
+        old.rename(tmp_path / old.name)
+    before, = ((torch.load(old, weights_only=True)) for old in (tmp_path / "a").glob("seed0/*.pt"))
+    module = load(path)
+    with settings(module, size="nano", t_0=0.5, epochs=2.0, warmup_epochs=0.5):
+        level = module.freeze_level(before["step"] - 1, 6)
+        frozen = {name for name in before["model"] if not module.trains(name, level)}
+    assert level == 3 and before["step"] == 9 and {"positions", "cls_token"} < frozen
+    assert {name for name, p in whole["model"].items() if torch.equal(p, before["model"][name])} >= frozen
+    again = tuning(path, data, tmp_path / "a", flag)
+    assert same_weights(again, whole) and again["rows"] == whole["rows"]
+
+def test_two_processes_fine_tune_as_one_across_freezes(data, tmp_path):
+    path, flag = HERE / "finetune_freeze.py", "--t_0=0.5"
+    whole = tuning(path, data, tmp_path / "a", flag)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", path,
+               f"--data={data}", f"--out={tmp_path}/o", f"--output_dir={tmp_path}", *TUNING, "--batch_size=8",
+               flag]
+    run = subprocess.run(command, env=ENV, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    rows = torch.load(sorted(tmp_path.glob("seed0/checkpoint-*.pt"))[-1], weights_only=True)["rows"]
+    for ours, theirs in zip(rows, whole["rows"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-3)
+        assert ours["frozen"] == theirs["frozen"]
