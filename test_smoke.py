@@ -22,7 +22,8 @@ KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
 BUDGETS = {  # changed lines; 60 elsewhere
     "airbench/main5_lookahead.py": 90, "airbench/main6_tta.py": 90, "vitfreeze/main1_hog.py": 150,
     "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
-    "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 150, "vitfreeze/main11_latent.py": 150}
+    "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 150, "vitfreeze/main11_latent.py": 150,
+    "vitfreeze/main12_autofreeze.py": 100}
 LINES = {"vitfreeze": 1400}  # of a script, 500 elsewhere: these runs survive, are shared out and read folders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder

@@ -17,7 +17,7 @@ from test_vitfreeze import (  # before torch: it has kernels interpreted
 import pytest
 import torch
 
-FREEZE, GLOBAL, CONSTANT, WEIGHTS, STAGES, CACHE, LATENT = (load(path) for path in MAINS[5:12])
+FREEZE, GLOBAL, CONSTANT, WEIGHTS, STAGES, CACHE, LATENT, AUTO = (load(path) for path in MAINS[5:13])
 WHOLE = [MAINS[5], MAINS[10], MAINS[11]]  # the others share their training loop
 
 # ---------------------------------------------------------------------- when what freezes
@@ -311,6 +311,43 @@ def test_other_uses_of_frozen_features(latent, data, tmp_path):
     rows = final(tmp_path)["rows"]
     assert ["rank" in row for row in rows] == [False] + [latent == "both"] * 2
     assert latent == "off" or 1 < rows[-1]["rank"] < 96 and rows[-1]["train_loss"] > rows[0]["train_loss"]
+
+def test_cka():
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 3000, 8)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    assert AUTO.cka(x, 3 * x @ turn + 5) == pytest.approx(1, abs=1e-5)
+    assert AUTO.cka(x, noise) < 0.02
+    found = [AUTO.cka(x, x + share * noise) for share in (0.1, 0.5, 2)]
+    assert found == sorted(found, reverse=True) and found[0] > 0.95
+
+def test_layers_freeze_by_plasticity(data, tmp_path):
+    """At once where the bound is high, never where it is 0, which is main11 without freezing; and a run that
+    lost its end goes on as if it had not."""
+    runs = dict(high=(MAINS[12], "--plasticity=1"), never=(MAINS[12], "--plasticity=0"),
+                main11=(MAINS[11], "--t_0=1"), some=(MAINS[12], "--plasticity=0.3"))
+    more = ["--epochs=4", "--warmup_epochs=1", "--no-compile"]
+    def run(name):
+        call(runs[name][0], *flags(data, tmp_path / name), *more, runs[name][1])
+        return final(tmp_path / name, 48)
+    high, never, main11, some = side_by_side(run, runs)
+    assert [row["frozen"] for row in high["rows"]] == [0, 0, 4, 4] and high["freezes"] == [24] * 4
+    assert never["freezes"] == [] and same_weights(never, main11)
+    assert [len(row["plasticities"]) for row in some["rows"]] == [0, 5, 5, 5]
+    line = json.loads((tmp_path / "high" / "o.jsonl").read_text())
+    assert line["pflops"] < 0.95 * line["pflops_nominal"] and line["runs"][0]["freezes"] == [24] * 4
+    for name, state in (("high", high), ("some", some)):
+        (tmp_path / name / "seed0" / "checkpoint-00000048.pt").unlink()
+        again = run(name)
+        assert same_weights(again, state) and again["rows"] == state["rows"]
+        assert again["freezes"] == state["freezes"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*torchrun, MAINS[12], *flags(data, tmp_path / "two"), *more, "--plasticity=1", "--batch_size=4"]
+    done = subprocess.run(command, env=ENV, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(final(tmp_path / "two", 48)["rows"], high["rows"], strict=True):
+        assert ours["frozen"] == theirs["frozen"]
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=5e-3)
 
 # ---------------------------------------------------------------------- whole runs
 EARLY = ["--t_0=0.5", "--epochs=3", "--warmup_epochs=0.5", "--no-compile"]  # the first layer in step 10 of 36
