@@ -16,7 +16,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from test_smoke import (  # before torch: it has kernels interpreted
-    ENV, call, changed_lines, docstring, load, machine, markdown, mean_std, read_results, scripts,
+    ENV, call, changed_lines, docstring, hyp, load, machine, markdown, mean_std, read_results, scripts,
     side_by_side, write_cifar)
 
 import pytest
@@ -524,6 +524,44 @@ def saving_rows():
                          f"{mean_std(saved, 1, 100)} ({len(saved)})", machine(group[-1])])
     return rows
 
+def frontier():
+    """{(script, epochs, flags): [(line, run)] on CIFAR-10 in results/frontier.jsonl}, in the order of the
+    ladder; the control is main4, without flags."""
+    found = {}
+    for path in MAINS[4:]:
+        normal = dict(hyp(path), size="micro", batch_size=128, blr=2e-3)
+        for line in lines_of(path, "frontier"):
+            own = {name: value for name, value in line["hyp"].items() if normal[name] != value}
+            own = {name: value for name, value in own.items() if "epochs" not in name}
+            flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in own.items())
+            for run in line["runs"]:
+                found.setdefault((path, line["hyp"]["epochs"], flags), []).append((line, run))
+    return found
+
+def frontier_rows():
+    """A row per setting: FLOPs and k-NN, and how far above runs of main4 of as many FLOPs, by their number."""
+    rows = [["Script", "Epochs", "Flags", "PFLOPs", "20-NN % patch mean, centred", "runs",
+             "above main4 of as many PFLOPs", "Machine"]]
+    found, curve = frontier(), collections.defaultdict(list)
+    for (path, _, flags), runs in found.items():
+        if path == MAINS[4] and not flags:
+            for line, run in runs:
+                curve[line["pflops"]].append(100 * run["acc"])
+    costs = sorted(curve)
+    for (path, epochs, flags), runs in found.items():
+        cost, scores = runs[0][0]["pflops"], [100 * run["acc"] for _, run in runs]
+        above = ""
+        if flags or path != MAINS[4]:
+            right = next((i for i in range(1, len(costs)) if costs[i] >= cost * 0.999), None)
+            if right and costs[0] <= cost:
+                (x0, y0), (x1, y1) = ((cost_, sum(curve[cost_]) / len(curve[cost_]))
+                                      for cost_ in costs[right - 1:right + 1])
+                control = y0 + (y1 - y0) * (cost - x0) / (x1 - x0)
+                above = mean_std([one - control for one in scores], 1)
+        rows.append([named(path, [line for line, _ in runs]), f"{epochs:g}", flags, f"{cost:.2f}",
+                     mean_std(scores, 1), str(len(scores)), above or "", machine(runs[-1][0])])
+    return rows
+
 KINDS = "gap", "gap centred", "cls", "cls centred"
 
 def learning_rows():
@@ -591,4 +629,4 @@ def probes_rows():
 
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
     ladder=ladder_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows, freezing=freezing_rows,
-    saving=saving_rows).items()}
+    saving=saving_rows, frontier=frontier_rows).items()}
