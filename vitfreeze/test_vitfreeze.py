@@ -19,6 +19,7 @@ from test_smoke import (  # before torch: it has kernels interpreted
     ENV, call, changed_lines, docstring, hyp, load, machine, markdown, mean_std, read_results, scripts,
     side_by_side, write_cifar)
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -525,8 +526,7 @@ def saving_rows():
     return rows
 
 def frontier():
-    """{(script, epochs, flags): [(line, run)] on CIFAR-10 in results/frontier.jsonl}, in the order of the
-    ladder; the control is main4, without flags."""
+    """{(script, epochs, flags): [(line, run)]} of CIFAR-10, from results/frontier.jsonl, in ladder order"""
     found = {}
     for path in MAINS[4:]:
         normal = dict(hyp(path), size="micro", batch_size=128, blr=2e-3)
@@ -534,32 +534,24 @@ def frontier():
             own = {name: value for name, value in line["hyp"].items() if normal[name] != value}
             own = {name: value for name, value in own.items() if "epochs" not in name}
             flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in own.items())
-            for run in line["runs"]:
-                found.setdefault((path, line["hyp"]["epochs"], flags), []).append((line, run))
+            found.setdefault((path, line["hyp"]["epochs"], flags), []).extend(
+                (line, run) for run in line["runs"])
     return found
 
 def frontier_rows():
-    """A row per setting: FLOPs and k-NN, and how far above runs of main4 of as many FLOPs, by their number."""
+    """A row per setting: FLOPs and k-NN, and how far above main4, between its lengths, at as many FLOPs."""
     rows = [["Script", "Epochs", "Flags", "PFLOPs", "20-NN % patch mean, centred", "runs",
              "above main4 of as many PFLOPs", "Machine"]]
-    found, curve = frontier(), collections.defaultdict(list)
-    for (path, _, flags), runs in found.items():
-        if path == MAINS[4] and not flags:
-            for line, run in runs:
-                curve[line["pflops"]].append(100 * run["acc"])
-    costs = sorted(curve)
-    for (path, epochs, flags), runs in found.items():
-        cost, scores = runs[0][0]["pflops"], [100 * run["acc"] for _, run in runs]
-        above = ""
-        if flags or path != MAINS[4]:
-            right = next((i for i in range(1, len(costs)) if costs[i] >= cost * 0.999), None)
-            if right and costs[0] <= cost:
-                (x0, y0), (x1, y1) = ((cost_, sum(curve[cost_]) / len(curve[cost_]))
-                                      for cost_ in costs[right - 1:right + 1])
-                control = y0 + (y1 - y0) * (cost - x0) / (x1 - x0)
-                above = mean_std([one - control for one in scores], 1)
+    means = {key: [sum(values) / len(runs) for values in zip(
+        *((line["pflops"], 100 * run["acc"]) for line, run in runs))] for key, runs in frontier().items()}
+    control = sorted(mean for (path, _, flags), mean in means.items() if path == MAINS[4] and not flags)
+    costs, levels = zip(*control) if control else ((math.inf,), (math.nan,))
+    for (path, epochs, flags), runs in frontier().items():
+        scores, (cost, _), above = [100 * run["acc"] for _, run in runs], means[path, epochs, flags], ""
+        if (flags or path != MAINS[4]) and costs[0] <= cost <= 1.001 * costs[-1]:
+            above = mean_std([score - np.interp(cost, costs, levels) for score in scores], 1)
         rows.append([named(path, [line for line, _ in runs]), f"{epochs:g}", flags, f"{cost:.2f}",
-                     mean_std(scores, 1), str(len(scores)), above or "", machine(runs[-1][0])])
+                     mean_std(scores, 1), str(len(scores)), above, machine(runs[-1][0])])
     return rows
 
 KINDS = "gap", "gap centred", "cls", "cls centred"
@@ -626,6 +618,19 @@ def probes_rows():
             rows.append([named(path, [line for line, _ in group]), f"{group[0][0]['hyp']['epochs']:g}", name,
                          mean_std([*accs.values()], 2, 100), str(len(accs)), against, machine(group[-1][0])])
     return rows
+
+def test_control_is_drawn_between_the_lengths_of_main4(monkeypatch):
+    def line(path, pflops, acc, **own):
+        values = dict(hyp(path), size="micro", batch_size=128, blr=2e-3, epochs=2 * pflops)
+        return dict(file="frontier.jsonl", script=path.name, data="cifar10", dry_run=False, utc="", sha256="",
+                    hyp=dict(values, **own), pflops=pflops, runs=[dict(acc=acc)], device="cpu", cpu="x",
+                    cpu_threads=2, torch="y")
+    lines = [line(MAINS[4], 2.0, 0.4), line(MAINS[4], 2.0, 0.42), line(MAINS[4], 4.0, 0.5),
+             line(MAINS[5], 3.0, 0.43, how_scale="linear"), line(MAINS[5], 5.0, 0.6)]
+    monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
+    assert [row[1:7] for row in frontier_rows()[1:]] == [
+        ["4", "", "2.00", "41.0 ± 1.4", "2", ""], ["8", "", "4.00", "50.0", "1", ""],
+        ["6", "--how_scale linear", "3.00", "43.0", "1", "-2.5"], ["10", "", "5.00", "60.0", "1", ""]]
 
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
     ladder=ladder_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows, freezing=freezing_rows,
