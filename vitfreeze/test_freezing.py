@@ -342,7 +342,8 @@ def test_layers_freeze_by_plasticity(data, tmp_path):
         assert same_weights(again, state) and again["rows"] == state["rows"]
         assert again["freezes"] == state["freezes"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*torchrun, MAINS[12], *flags(data, tmp_path / "two"), *more, "--plasticity=1", "--batch_size=4"]
+    command = [*torchrun, MAINS[12], *flags(data, tmp_path / "two"), *more, "--plasticity=1"]
+    command.append("--batch_size=4")
     done = subprocess.run(command, env=ENV, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(final(tmp_path / "two", 48)["rows"], high["rows"], strict=True):
