@@ -481,10 +481,10 @@ def named(path, lines):
     return f"`{path.name}`" + " (†)" * any(line["sha256"] != body for line in lines)
 
 def ladder_rows():
-    """A row per step: speed on a CPU against the step before, as pairs of runs made in turns."""
+    """A row per step: speed on a CPU against the step before, as pairs of runs made in turns; on a GPU speed of
+    ViT-B and its share of what matmuls alone would allow."""
     rows = [["Script", "Adds", "Diff", "Images/s, CPU", "Step, ms", "against the step before (pairs)",
-             "Peak MiB", "Machine", "Images/s, GPU, ViT-B", "% of the floor",
-             "k-NN, probe, fine-tune on a GPU"]]
+             "Peak MiB", "Machine", "Images/s, ViT-B, GPU", "% of the matmul rate", "Peak GiB", "Machine"]]
     for before, path in zip([None] + MAINS, MAINS[:5]):
         lines, ratio, measured = lines_of(path, "speed", "synthetic"), "", ["not measured"] * 5
         assert len({json.dumps([line["hyp"], machine(line)]) for line in lines}) <= 1, "speeds do not compare"
@@ -496,9 +496,14 @@ def ladder_rows():
             measured = [mean_std([line["images_per_s"] for line in lines], 0),
                         mean_std([line["step_ms_p50"] for line in lines], 0), ratio,
                         f"{max(line['peak_mib'] for line in lines):.0f}", machine(lines[-1])]
+        large, fast = lines_of(path, "base", "synthetic"), ["not measured"] * 4
+        if large:
+            fast = [mean_std([line["images_per_s"] for line in large], 0),
+                    mean_std([line["mfu"] for line in large], 1, 100),
+                    f"{max(line['peak_mib'] for line in large) / 1024:.1f}", machine(large[-1])]
         diff = "+{} -{}".format(*changed_lines(before, path)) if before else ""
         adds = docstring(path)["Adds"].removeprefix("the baseline: ")
-        rows.append([named(path, lines), adds, diff, *measured, *["not measured"] * 3])
+        rows.append([named(path, lines + large), adds, diff, *measured, *fast])
     return rows
 
 def freezing_rows():
