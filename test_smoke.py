@@ -4,6 +4,7 @@
     python test_smoke.py tables                        rewrite README tables and Result lines from results/
     python test_smoke.py short SCRIPT EPOCHS [FLAG..]  run SCRIPT with fewer epochs, all else as it is, for
                                                        results/short.jsonl unless --out is given
+    python test_smoke.py kernels LADDER                check and time its kernels on this GPU
 
 A ladder is a folder in LADDERS with mainN_name.py files; whatever else it holds is compared with its main0.
 The checks of its ideas and the TABLES of its README are in its test_LADDER.py.
@@ -13,7 +14,7 @@ import shutil, signal, subprocess, sys, tarfile, tempfile, time
 
 import pytest
 
-if sys.argv[1:2] != ["short"]:  # for the checks in this process; read when torch and triton are imported
+if sys.argv[1:2] not in (["short"], ["kernels"]):  # for the checks in this process; read when torch and triton are imported
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -429,6 +430,10 @@ def main(command, *rest):
         args.out = args.out or (ROOT / rest[0]).parent / "results" / "short.jsonl"
         module.HYP["epochs"] = float(rest[1])
         module.main(args)
+    elif command == "kernels":
+        module = load(ROOT / rest[0] / f"test_{rest[0]}.py")
+        module.torch.cuda.is_available() or sys.exit("test_smoke.py: error: no usable CUDA GPU")
+        module.kernels()
     else:
         sys.exit(pytest.main([str(ROOT), *([command] if command else []), *rest]))
 

@@ -481,8 +481,8 @@ def named(path, lines):
     return f"`{path.name}`" + " (†)" * any(line["sha256"] != body for line in lines)
 
 def ladder_rows():
-    """A row per step: speed on a CPU against the step before, as pairs of runs made in turns; on a GPU speed of
-    ViT-B and its share of what matmuls alone would allow."""
+    """A row per step: speed on a CPU against the step before, as pairs of runs made in turns; on a GPU speed
+    of ViT-B and its share of what matmuls alone would allow."""
     rows = [["Script", "Adds", "Diff", "Images/s, CPU", "Step, ms", "against the step before (pairs)",
              "Peak MiB", "Machine", "Images/s, ViT-B, GPU", "% of the matmul rate", "Peak GiB", "Machine"]]
     for before, path in zip([None] + MAINS, MAINS[:5]):
@@ -505,6 +505,54 @@ def ladder_rows():
         adds = docstring(path)["Adds"].removeprefix("the baseline: ")
         rows.append([named(path, lines + large), adds, diff, *measured, *fast])
     return rows
+
+def kernels():
+    """Check the kernels on this GPU against plain forms, time both, and add JSON lines to kernels.jsonl."""
+    from triton.testing import do_bench
+    torch.manual_seed(0)
+    gpu, out = torch.device("cuda"), HERE / "results" / "kernels.jsonl"
+    def measure(name, size, ways):
+        """ways: {name: (function, bytes that it must move)}"""
+        for way, (function, moved) in ways.items():
+            low, middle, high = do_bench(function, quantiles=(0.2, 0.5, 0.8))
+            line = dict(script="test_vitfreeze.py", kernel=name, size=size, way=way, ms=middle, ms_20=low,
+                        ms_80=high, gb_per_s=moved / middle / 1e6, **BASE.environment(gpu))
+            print(json.dumps(line), flush=True)
+            BASE.append_line(out, dict(line, device="cuda"))
+    blank = torch.empty(1 << 30, dtype=torch.uint8, device=gpu)
+    measure("copy", "1 GiB", dict(torch=(lambda: blank.clone(), 2 << 30)))
+    for side, cell, scale in ((224, 4, 4), (32, 2, 2)):
+        images = torch.randint(256, (2048, 3, side, side), dtype=torch.uint8, device=gpu)
+        sides = LAST.bin_sides(9).to(gpu)
+        levels = LAST.hog(images, cell, sides, scale)
+        for ours, plain in zip(levels, LAST.hog_plain(images, cell, sides, scale)):
+            torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+        moved = images.numel() + 4 * sum(level.numel() for level in levels)
+        measure("hog", f"2048 images of {side}", dict(
+            triton=(lambda: LAST.hog(images, cell, sides, scale), moved),
+            main0=(lambda: [BASE.hog(images, cell << i, 9) for i in range(4)], moved)))
+    for n_rows, n_cols in ((2048 * 50, 768), (2048 * 197, 256), (1024 * 17, 192)):
+        x, branch = torch.randn(2, n_rows, n_cols, device=gpu)
+        branch, norm = branch.bfloat16(), torch.nn.LayerNorm(n_cols, eps=1e-6, device=gpu)
+        def plain(x, branch):
+            s = x + branch
+            return s, norm(s).bfloat16()
+        def ours(x, branch):
+            with torch.autocast("cuda", torch.bfloat16):
+                return NORMS.add_norm(x, branch, norm)
+        def both_ways(function):
+            inputs = x.clone().requires_grad_(), branch.clone().requires_grad_()
+            def run():
+                s, y = function(*inputs)
+                torch.autograd.backward((s, y), (x, branch))
+            return run
+        for one, two in zip(ours(x, branch), plain(x, branch)):
+            torch.testing.assert_close(one.float(), two.float(), atol=2e-2, rtol=1e-2)
+        forms = dict(triton=ours, eager=plain, inductor=torch.compile(plain))
+        measure("add and norm, forward", f"{n_rows} x {n_cols}", {
+            name: (lambda form=form: form(x, branch), x.numel() * 12) for name, form in forms.items()})
+        measure("add and norm, forward and backward", f"{n_rows} x {n_cols}", {
+            name: (both_ways(form), x.numel() * 28) for name, form in forms.items()})
 
 def freezing_rows():
     """A row per step that freezes layers."""
