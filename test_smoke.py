@@ -14,7 +14,7 @@ import shutil, signal, subprocess, sys, tarfile, tempfile, time
 
 import pytest
 
-if sys.argv[1:2] not in (["short"], ["kernels"]):  # for the checks in this process; read when torch and triton are imported
+if sys.argv[1:2] not in (["short"], ["kernels"]):  # for the checks; read when torch and triton are imported
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -432,7 +432,7 @@ def main(command, *rest):
         module.main(args)
     elif command == "kernels":
         module = load(ROOT / rest[0] / f"test_{rest[0]}.py")
-        module.torch.cuda.is_available() or sys.exit("test_smoke.py: error: no usable CUDA GPU")
+        module.torch.cuda.is_available() or module.BASE.fail(4, "no usable CUDA GPU")
         module.kernels()
     else:
         sys.exit(pytest.main([str(ROOT), *([command] if command else []), *rest]))
