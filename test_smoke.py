@@ -7,7 +7,8 @@
     python test_smoke.py kernels LADDER                check and time its kernels on this GPU
 
 A ladder is a folder in LADDERS with mainN_name.py files; whatever else it holds is compared with its main0.
-The checks of its ideas and the TABLES of its README are in its test_LADDER.py.
+The checks of its ideas, the TABLES of its README and FILES, pictures made from results, are in its
+test_LADDER.py.
 """
 import ast, concurrent.futures, functools, hashlib, importlib.util, json, os, pathlib, pickle, re, resource
 import shutil, signal, subprocess, sys, tarfile, tempfile, time
@@ -18,14 +19,18 @@ if sys.argv[1:2] not in (["short"], ["kernels"]):  # for the checks; read when t
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 ROOT = pathlib.Path(__file__).resolve().parent
-LADDERS = ["airbench", "vitfreeze"]
+LADDERS = ["airbench", "vitfreeze", "hypernet"]
+DATA_SETS = "cifar10", "cifar10+cifar100"  # whole ones, whose results are published
 KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
 BUDGETS = {  # changed lines; 60 elsewhere
     "airbench/main5_lookahead.py": 90, "airbench/main6_tta.py": 90, "vitfreeze/main1_hog.py": 150,
     "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
     "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 150, "vitfreeze/main11_latent.py": 150,
-    "vitfreeze/main12_autofreeze.py": 100}
-LINES = {"vitfreeze": 1400}  # of a script, 500 elsewhere: these runs survive, are shared out and read folders
+    "vitfreeze/main12_autofreeze.py": 100, "vitfreeze/main15_layerdrop.py": 100,
+    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150}
+LINES = {  # of a script, 500 elsewhere
+    "vitfreeze": 1450,  # these runs survive, are shared out and read folders
+    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders and captions
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
 
@@ -144,7 +149,7 @@ def read_results(ladder):
 
 def usable(line, path):
     """Whether a line is a published result of that script: real data, not shortened, compiled as meant."""
-    return (line["script"] == path.name and line["data"] == "cifar10" and not line["dry_run"]
+    return (line["script"] == path.name and line["data"] in DATA_SETS and not line["dry_run"]
             and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"])
 
 def machine(line):
@@ -270,7 +275,11 @@ def write_cifar(folder, train=64, test=40):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    return write_cifar(tmp_path_factory.mktemp("data"))
+    """A tiny data set, and what a ladder's write_data puts beside it."""
+    folder = write_cifar(tmp_path_factory.mktemp("data"))
+    for ladder in LADDERS:
+        getattr(load(ROOT / ladder / f"test_{ladder}.py"), "write_data", lambda folder: None)(folder)
+    return folder
 
 @pytest.fixture(scope="session")
 def dry_runs(data, tmp_path_factory):
@@ -422,6 +431,8 @@ def main(command, *rest):
         for ladder in LADDERS:
             (ROOT / ladder / "README.md").write_text(with_tables(ladder))
             print(*(f"{marker}\n{table()}\n" for marker, table in tables(ladder).items()), sep="\n")
+            for name, content in getattr(load(ROOT / ladder / f"test_{ladder}.py"), "FILES", {}).items():
+                (ROOT / ladder / name).write_text(content())
         for before, path in ALL:
             path.write_text(with_result(before, path))
     elif command == "short":
