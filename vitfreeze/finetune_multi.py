@@ -1,0 +1,820 @@
+"""finetune_multi.py -- classification with a ViT encoder whose weights are trained further.
+
+Adds: further heads on the blocks that had decoders classify, too, while training, and are not used in tests
+Changes: HYP lr_scale Classifier make_model train main
+Result: not measured
+Vs previous: not measured
+Source: an idea of ViTFreeze's notes; auxiliary classifiers as in GoogLeNet (arXiv 1409.4842); written afresh.
+Run: python vitfreeze/finetune_multi.py --finetune CHECKPOINT
+
+Each of these blocks but the last gets a norm and a linear head on its mean patch token, or its class token
+with --cls_token 1. Their mean loss, times --aux, is added to the loss of the last head, which is the one in
+the table. With --aux 0 this is finetune.py.
+"""
+CODE = open(__file__, encoding="utf-8").read()
+#############################################
+#                   Setup                   #
+#############################################
+import argparse, collections, contextlib, datetime, hashlib, importlib.metadata, itertools, json, math, os
+import pathlib, platform, re, resource, signal, socket, subprocess, sys, tempfile, time, zipfile
+
+START = time.perf_counter()
+SCRIPT = pathlib.Path(__file__).resolve()
+SHA256 = hashlib.sha256(CODE.split('"""', 2)[2].encode()).hexdigest()  # of all but the docstring
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default))  # as torchrun sets them
+                           for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+def fail(code, message):
+    """Leave with one line on stderr; 1: the run failed, 2: usage, 3: data, 4: no usable GPU."""
+    print(f"{SCRIPT.name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+#############################################
+#              Hyperparameters              #
+#############################################
+HYP = dict(  # those of one value are flags, too, with the comments as help
+    size="tiny",            # of a random encoder (a checkpoint has its own)
+    epochs=100.0,           # passes over the train set
+    warmup_epochs=5.0,      # of these, with a learning rate that rises linearly from 0 (ImageNet: 20)
+    batch_size=256,         # images of a forward pass of one process (ImageNet: 1024 a step)
+    accum_iter=1,           # forward passes of a step; a step has batch_size * accum_iter * processes images
+    blr=1e-3,               # peak learning rate per 256 images of a step
+    lr=0.0,                 # peak learning rate; 0: by blr (ImageNet, after 100 epochs of training: 4e-3)
+    min_lr=1e-6,            # at the end of the cosine
+    aux=0.3,                # weight of the mean loss of the heads on earlier blocks; 0: there are none
+    layer_decay=0.75,       # learning rate of a block to that of the block above it
+    weight_decay=0.05,      # of tensors with two dimensions or more, but not of tokens and positions
+    betas=(0.9, 0.999),     # of AdamW
+    cls_token=0,            # 1: classify by the class token; 0: by the mean of the patch tokens
+    drop_path=0.1,          # rate at which an image skips a branch of the last block; 0 at the first
+    smoothing=0.1,          # share of a label that goes to all classes alike
+    mixup=0.8,              # alpha of Beta(alpha, alpha); 0: no mixup
+    cutmix=1.0,             # the same of CutMix; a step has one of the two
+    reprob=0.25,            # share of the images that lose a rectangle to noise
+    rand_ops=2,             # draws of RandAugment per image, half of which are applied; 0: none
+    magnitude=9.0,          # of RandAugment, mean of a normal distribution of std 0.5; the most is 10
+    shift=4,                # pixels that an image moves at most (over 64 px: 0)
+    crop_scale=(1.0, 1.0),  # share of the area of an image that a crop shows
+    crop_ratio=(1.0, 1.0),  # width to height of a crop
+    save_epochs=5.0,        # between checkpoints
+    workers=8,              # processes that decode an image folder
+)
+PHOTO = dict(shift=0, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))  # instead, for sizes over 64 px
+Size = collections.namedtuple("Size", "image patch dim depth heads dec_dim dec_heads taps scales")
+SIZES = dict(  # taps: blocks, from 1 on, with a decoder; scales: cells of its targets per patch and direction
+    nano=Size(32, 4, 96, 4, 3, 48, 2, (1, 2, 3, 4), (2, 1, 1 / 2, 1 / 4)),
+    micro=Size(32, 4, 128, 6, 4, 64, 2, (1, 3, 5, 6), (2, 1, 1 / 2, 1 / 4)),
+    tiny=Size(32, 4, 192, 12, 3, 64, 2, (2, 4, 10, 12), (2, 1, 1 / 2, 1 / 4)),
+    small64=Size(64, 8, 384, 12, 6, 128, 4, (2, 4, 10, 12), (4, 2, 1, 1 / 2)),
+    small=Size(224, 16, 384, 12, 6, 256, 8, (2, 4, 10, 12), (4, 2, 1, 1 / 2)),
+    base=Size(224, 16, 768, 12, 12, 256, 8, (2, 4, 10, 12), (4, 2, 1, 1 / 2)),
+    large=Size(224, 16, 1024, 24, 16, 256, 8, (2, 4, 22, 24), (4, 2, 1, 1 / 2)))
+
+def flag_parser():
+    """Flags of the measurement, and one for each hyperparameter of a single value."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: fail(2, f"{message} (--help lists the flags)")
+    parser.add_argument("--finetune", metavar="CKPT", help="checkpoint of a mainN (default: random weights)")
+    parser.add_argument("--data", metavar="DIR", help="CIFAR, image folder or 'synthetic' (default: data)")
+    parser.add_argument("--runs", metavar="N", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of run 0 (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
+    parser.add_argument("--out", metavar="FILE", help="for the JSON line (default: results/ by the script)")
+    parser.add_argument("--target", metavar="A", type=float, help="exit 1 if the mean accuracy is below A")
+    parser.add_argument("--no-compile", action="store_true", help="no torch.compile in scripts that use it")
+    parser.add_argument("--dry-run", action="store_true", help="two steps of 8 images, then the evaluation")
+    parser.add_argument("--output_dir", metavar="DIR", help="for checkpoints and log (default: in runs/)")
+    parser.add_argument("--resume", metavar="FILE", help="go on from it (default: newest in output_dir)")
+    for name, value, text in re.findall(r"^    (\w+)=(.*?),\s+# (.*)$", CODE, re.M):
+        if isinstance(value := HYP[name], (int, float, str)):
+            choices = list(SIZES) if name == "size" else None
+            parser.add_argument(f"--{name}", type=type(value), default=value, choices=choices,
+                                metavar=name[0].upper(), help=f"{text} (default: {value})")
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = flag_parser().parse_args()  # before torch is imported: --help is instant
+import numpy as np, torch, torchvision, torch.nn as nn, torch.nn.functional as F
+import torch.distributed as dist
+from torchvision.transforms.v2.functional import center_crop, resize
+#############################################
+#                 Optimizer                 #
+#############################################
+def lr_scale(name, depth):
+    """layer_decay to the number of levels above that of a parameter: token, positions and patch embedding are
+    at level 0, block b (from 1 on) is at level b, norm and head are at level depth + 1."""
+    level = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+    level = depth + 1 if name.startswith(("norm.", "head.", "aux.")) else level
+    return HYP["layer_decay"] ** (depth + 1 - level)
+
+def make_optimizer(model):
+    """AdamW with a group for each learning rate and decay; 1-D tensors, token and positions do not decay."""
+    groups = {}
+    for name, p in model.named_parameters():
+        decay = HYP["weight_decay"] * (p.ndim > 1 and name not in ("cls_token", "positions"))
+        scale = lr_scale(name, len(model.blocks))
+        group = groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, scale=scale))
+        group["params"].append(p)
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=HYP["betas"])
+
+def learning_rate(step, steps_per_epoch):
+    """Of a 0-based step: linear from 0 to the peak in the warm-up, then half a cosine down to min_lr."""
+    peak = HYP["lr"] or HYP["blr"] * HYP["batch_size"] * HYP["accum_iter"] * WORLD / 256
+    epoch = step / steps_per_epoch
+    if epoch < HYP["warmup_epochs"]:
+        return peak * epoch / HYP["warmup_epochs"]
+    share = (epoch - HYP["warmup_epochs"]) / max(HYP["epochs"] - HYP["warmup_epochs"], 1e-9)
+    return HYP["min_lr"] + (peak - HYP["min_lr"]) * (1 + math.cos(math.pi * share)) / 2
+#############################################
+#                   Data                    #
+#############################################
+CIFARS = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+DTYPE = dict(cuda=torch.bfloat16, cpu=torch.float32)  # of matmuls; weights are fp32
+
+def draw_synthetic(n, seed):
+    """Stand-in for CIFAR-10, as from read_cache: outlines of 0 to 5 lobes, filled or hollow, on noise."""
+    rng, labels, grid = np.random.default_rng(seed), np.arange(n) % 10, np.linspace(-15.5, 15.5, 32)
+    x, y, size, angle = (rng.uniform(*span, (n, 1, 1)) for span in ((-5, 5), (-5, 5), (6, 10), (0, 7)))
+    z = (grid - x + 1j * (grid[:, None] - y)) * np.exp(1j * angle) / size
+    lobes, hollow = np.array([0, 2, 3, 4, 5])[labels % 5, None, None], labels[:, None, None] >= 5
+    level = abs(z) * (1 + 0.4 * np.cos(lobes * np.angle(z)))
+    inside = (level < 1) & ~(hollow & (level < 0.6))
+    paint, ground = rng.uniform(0, 255, (2, n, 1, 1, 3))
+    images = np.where(inside[..., None], paint, ground) + rng.normal(0, 20, (n, 32, 32, 3))
+    return dict(images=torch.tensor(images.clip(0, 255).astype(np.uint8)), labels=torch.tensor(labels))
+
+def rng(device, *key):
+    """Random generator of a purpose, so that no draw depends on what was drawn before it."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+    return torch.Generator(device).manual_seed(seed)
+
+def crop_boxes(numbers, height, width):
+    """(top, left, height, width), each [n], of RandomResizedCrop from uniform numbers [n, 22]: the first of
+    ten candidates that fits into the image, or else its middle."""
+    (low, high), ratios = HYP["crop_scale"], np.log(HYP["crop_ratio"]).tolist()
+    area = height * width * (low + (high - low) * numbers[:, :10])
+    ratio = (ratios[0] + (ratios[1] - ratios[0]) * numbers[:, 10:20]).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits, widest = (w <= width) & (h <= height), HYP["crop_ratio"][1]
+    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
+    w = w.gather(1, first)[:, 0].masked_fill(none, min(width, round(height * widest)))
+    h = h.gather(1, first)[:, 0].masked_fill(none, min(height, round(width * widest)))
+    y, x = numbers[:, 20:22].masked_fill(none[:, None], 0.4999999).unbind(1)  # the middle, rounded down
+    return ((height - h + 1) * y).floor(), ((width - w + 1) * x).floor(), h, w
+
+def cubic_weights(start, length, size, out):
+    """[n, out, size]: rows that resample `length` pixels from `start` on to `out`, antialiased bicubic."""
+    scale = length[:, None, None] / out
+    center = (torch.arange(out, device=start.device)[:, None] + 0.5) * scale - 0.5 + start[:, None, None]
+    pixel = torch.arange(size, device=start.device)
+    d = (pixel - center).abs() / scale.clamp(min=1)
+    weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
+    inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None]) & (d < 2)
+    return weights * inside / (weights * inside).sum(2, keepdim=True)
+
+def crop_batch(images, numbers, size):
+    """Random crops, half of them mirrored: uint8 [n, 3, H, W], numbers [n, 23] -> [n, 3, size, size]"""
+    top, left, h, w = crop_boxes(numbers, *images.shape[2:])
+    rows = cubic_weights(top, h, images.shape[2], size)
+    columns = cubic_weights(left, w, images.shape[3], size)
+    columns = torch.where(numbers[:, 22, None, None] < 0.5, columns.flip(1), columns)
+    resized = rows[:, None] @ images.float() @ columns[:, None].mT
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+def shift_batch(images, numbers, most):
+    """Moved by up to `most` pixels each way, black beyond the edge: uint8 [n, 3, S, S], numbers [n, 2]"""
+    (y, x), span = (numbers * (2 * most + 1)).long().T, torch.arange(images.shape[2], device=images.device)
+    rows, columns = (y[:, None] + span)[:, None, :, None], (x[:, None] + span)[:, None, None, :]
+    image = torch.arange(len(images), device=images.device)[:, None, None, None]
+    colour = torch.arange(3, device=images.device)[:, None, None]
+    return F.pad(images, [most] * 4)[image, colour, rows, columns]
+
+def warp(images, strength, turn=0.0, shear=(0.0, 0.0), move=(0.0, 0.0)):
+    """Bilinear, grey beyond the edge: turn in radians, shear from the top left corner, move in image sides,
+    each times strength: uint8 [n, 3, S, S], strength [n, 1, 1, 1] -> float of the same shape"""
+    (sx, sy), (x, y), one = shear, move, strength.flatten()
+    cos, sin = (turn * one).cos(), (turn * one).sin()
+    rows = [cos, sx * one - sin, (sx + 2 * x) * one, sin + sy * one, cos, (sy + 2 * y) * one]  # of x, y, 1
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    grey = 255 * torch.tensor(MEAN, device=images.device)[:, None, None]
+    return (F.grid_sample(images - grey, grid, align_corners=False) + grey).round()
+
+def blend(images, strength, adjust):
+    """Towards what torchvision's adjust makes with factor 0, or away from it, by 90 % at strength -1 and 1"""
+    plain = adjust(images, 0.0).float()
+    return (plain + (1 + 0.9 * strength) * (images - plain)).clamp(0, 255)
+
+VISION = torchvision.transforms.v2.functional
+OPERATIONS = (  # of RandAugment: uint8 images x [n, 3, S, S], strength m [n, 1, 1, 1] from -1 to 1 -> images
+    lambda x, m: VISION.autocontrast(x), lambda x, m: VISION.equalize(x), lambda x, m: VISION.invert(x),
+    lambda x, m: x.div(step := 2 ** (4 + (4 * m.abs()).floor()), rounding_mode="floor") * step,  # posterize
+    lambda x, m: torch.where(x < 256 - (256 * m.abs()).floor(), x, 255 - x),  # solarize
+    lambda x, m: torch.where(x < 128, x + (110 * m.abs()).floor(), x).clamp(max=255),  # solarize, add
+    lambda x, m: blend(x, m, VISION.adjust_saturation), lambda x, m: blend(x, m, VISION.adjust_contrast),
+    lambda x, m: blend(x, m, VISION.adjust_brightness), lambda x, m: blend(x, m, VISION.adjust_sharpness),
+    lambda x, m: warp(x, m, turn=math.pi / 6),
+    lambda x, m: warp(x, m, shear=(0.3, 0)), lambda x, m: warp(x, m, shear=(0, 0.3)),
+    lambda x, m: warp(x, m, move=(0.45, 0)), lambda x, m: warp(x, m, move=(0, 0.45)))
+
+def rand_augment(images, numbers):
+    """Of uint8 [n, 3, S, S], with uniform numbers [n, draws, 4] on the CPU: each operation drawn is applied
+    with probability 1/2, at a strength of N(magnitude, 0.5) of 10, in a random direction."""
+    for draw in numbers.unbind(1):
+        operation = (draw[:, 0] * len(OPERATIONS)).long().masked_fill(draw[:, 1] < 0.5, -1)
+        strength = (HYP["magnitude"] + 0.5 * torch.special.ndtri(draw[:, 2])).clamp(0, 10) / 10
+        strength = torch.where(draw[:, 3] < 0.5, strength, -strength)[:, None, None, None].to(images.device)
+        for number, function in enumerate(OPERATIONS):
+            chosen = (operation == number).nonzero()[:, 0].to(images.device)
+            if len(chosen):
+                images[chosen] = function(images[chosen], strength[chosen]).to(torch.uint8)
+    return images
+
+def erase(images, numbers, noise):
+    """A rectangle of noise, as of normalised pixels, in the share reprob of images: 2 to 33 % of the area,
+    height to width 0.3 to 3.3; float [n, 3, S, S], numbers [n, 6], noise [N] -> float [n, 3, S, S]"""
+    size, (drawn, area, ratio, y, x, start) = images.shape[2], numbers[:, :, None].unbind(1)
+    area = 0.02 + (1 / 3 - 0.02) * area
+    ratio = torch.exp((2 * ratio - 1) * math.log(0.3)).clamp(area, 1 / area)  # or else it would not fit
+    pixel = torch.arange(size, device=images.device)
+    def inside(share, place):
+        length = (size * share.sqrt()).round()
+        first = (place * (size - length + 1)).floor()
+        return (pixel >= first) & (pixel < first + length)
+    hole = inside(area * ratio, y)[:, None, :, None] & inside(area / ratio, x)[:, None, None, :]
+    hole &= (drawn < HYP["reprob"])[:, :, None, None]
+    places = (start * len(noise)).long() + torch.arange(3 * size * size, device=images.device)
+    mean, std = 255 * torch.tensor([MEAN, STD], device=images.device)[:, :, None, None]
+    return torch.where(hole, noise[places % len(noise)].view_as(images) * std + mean, images)
+
+def mix(images, targets, draws):
+    """Mixup or CutMix of neighbours with one draw for all: float [n, 3, S, S], targets [n, classes]"""
+    cut = HYP["cutmix"] > 0 and (HYP["mixup"] == 0 or draws.random() < 0.5)
+    alpha, size = HYP["cutmix" if cut else "mixup"], images.shape[2]
+    share, others = float(draws.beta(alpha, alpha)), images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if cut:
+        half, centre = int(size * (1 - share) ** 0.5) // 2, draws.integers(size, size=2)
+        top, left = (centre - half).clip(0).tolist()
+        bottom, right = (centre + half).clip(max=size).tolist()
+        images = images.clone()
+        images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / size ** 2
+    else:
+        images = share * images + (1 - share) * others
+    return images, share * targets + (1 - share) * targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+def augment(images, targets, numbers, draws, noise):
+    """uint8 crops [n, 3, S, S], targets [n, classes], numbers [n, 8 + 4 * rand_ops] on the CPU, draws of the
+    step and a table of noise -> (float images in the range of pixels, targets)"""
+    on_device = numbers.to(images.device)
+    images = shift_batch(images, on_device[:, :2], HYP["shift"])
+    images = rand_augment(images, numbers[:, 8:].unflatten(1, (-1, 4)))
+    images = erase(images.float(), on_device[:, 2:8], noise)
+    return mix(images, targets, draws) if HYP["mixup"] or HYP["cutmix"] else (images, targets)
+
+class Memory:
+    """A train or test set held as uint8 [N, 3, H, W] and cropped in batches."""
+    def __init__(self, images, labels):
+        self.digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+        self.images, self.labels, self.broken = images.permute(0, 3, 1, 2).contiguous(), labels, set()
+    def crops(self, batches, size):
+        """(uint8 [n, 3, size, size], labels [n]) for each (index [n], numbers [n, 23])"""
+        for index, numbers in batches:
+            yield crop_batch(self.images[index], numbers, size), self.labels[index]
+    def views(self, size):
+        """(uint8 [n, 3, size, size], labels [n]) of all images in order"""
+        for images, labels in zip(self.images.split(500), self.labels.split(500)):
+            if images.shape[2:] != (size, size):
+                images = resize(images, [size, size], interpolation=3)
+            yield images, labels
+
+class Folder(torch.utils.data.Dataset):
+    """An image folder, decoded by worker processes; an image that cannot be decoded is named and skipped."""
+    def __init__(self, samples):
+        self.paths, labels = zip(*samples)
+        self.labels, self.broken = torch.tensor(labels), set()
+        self.digest = hashlib.sha256(repr(samples).encode()).hexdigest()
+    def __getitem__(self, item):
+        (index, numbers, size), broken = item, []
+        while len(broken) < 100:
+            path = self.paths[index]
+            with contextlib.suppress(RuntimeError, OSError):
+                image = torchvision.io.read_image(path, torchvision.io.ImageReadMode.RGB)
+                return self.view(image, numbers, size), self.labels[index], broken
+            broken, index = broken + [path], (index + 1) % len(self.paths)
+        raise OSError(f"100 images in a row cannot be decoded, the last is {path}")
+    def view(self, image, numbers, size):
+        if numbers is None:  # the middle of the image
+            return center_crop(resize(image, [size * 8 // 7], interpolation=3), [size, size])
+        top, left, h, w = (int(n) for n in crop_boxes(numbers[None], *image.shape[1:]))
+        crop = resize(image[:, top:top + h, left:left + w], [size, size], interpolation=3)
+        return crop.flip(-1) if numbers[22] < 0.5 else crop
+    def load(self, batches):
+        """(uint8 [n, 3, size, size], labels [n]) for each batch of (index, numbers or None, size)"""
+        def collate(items):
+            images, labels, broken = zip(*items)
+            return torch.stack(images), torch.stack(labels), sum(broken, [])
+        loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=HYP["workers"],
+                                             collate_fn=collate)
+        for images, labels, broken in loader:
+            for path in set(broken) - self.broken:
+                print(f"{SCRIPT.name}: warning: skipped {path}, which cannot be decoded", file=sys.stderr)
+            self.broken.update(broken)
+            yield images, labels
+    def crops(self, batches, size):
+        yield from self.load([(int(i), row, size) for i, row in zip(*batch)] for batch in batches)
+    def views(self, size):
+        index = torch.arange(len(self.paths)).split(100)
+        yield from self.load([(int(i), None, size) for i in part] for part in index)
+
+def read_cache(path):
+    """Prepared set, dict(images uint8 [N, S, S, 3], labels int64 [N]); exit 3 if it is no good."""
+    with contextlib.suppress(Exception):  # whatever damage leads to, the sentence below is the answer
+        assert zipfile.ZipFile(path).testzip() is None  # checksums, which torch.load does not look at
+        cache = torch.load(path, weights_only=True)
+        images, labels = cache["images"], cache["labels"]
+        assert images.dtype == torch.uint8 and images.shape[3:] == (3,) and len(images) == len(labels) > 0
+        assert labels.dtype == torch.int64 and labels.min() >= 0
+        return images, labels
+    fail(3, f"{path} is missing or damaged; delete both caches there and add the official archive")
+
+def load_folder(root):
+    """(train set, test set) of root/train/CLASS/... and root/val/CLASS/..., or val as in Tiny-ImageNet."""
+    train = torchvision.datasets.ImageFolder(root / "train", allow_empty=True)
+    notes = root / "val" / "val_annotations.txt"
+    if notes.exists():
+        rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
+        test = [(str(root / "val" / "images" / name), train.class_to_idx[wnid]) for name, wnid in rows]
+    else:
+        test = torchvision.datasets.ImageFolder(root / "val", allow_empty=True).samples
+    train.samples and test or fail(3, f"no images under {root / 'train'} or {root / 'val'}")
+    return Folder(train.samples), Folder(test)
+
+def load_data(folder):
+    """-> (name, train set, test set); name is 'cifar10', 'cifar100', 'synthetic', or 'other'."""
+    if folder == "synthetic":
+        return folder, Memory(**draw_synthetic(5000, seed=1)), Memory(**draw_synthetic(1000, seed=2))
+    root = pathlib.Path(folder or "data")
+    if (root / "train").is_dir():
+        return "other", *load_folder(root)
+    for name, place in itertools.product(CIFARS, (root, root / "cifar10", root / "cifar100")):
+        files = "train.pt", CIFARS[name].base_folder, CIFARS[name].filename
+        if found := any((place / file).exists() for file in files):
+            break
+    else:
+        folder and fail(3, f"{folder} holds no CIFAR-10, CIFAR-100 or image folder (train/CLASS, val/CLASS)")
+        name, place = "cifar10", root / "cifar10"
+    cifar, archive = CIFARS[name], place / CIFARS[name].filename
+    try:
+        socket.setdefaulttimeout(10)
+        for part in () if (place / "train.pt").exists() else ("test", "train"):
+            whole = cifar(place, train=part == "train", download=archive.exists() or not found)
+            images, labels = torch.tensor(whole.data), torch.tensor(whole.targets)
+            partial = place / f"{part}.{os.getpid()}"
+            torch.save(dict(images=images, labels=labels, classes=whole.classes), partial)
+            os.replace(partial, place / f"{part}.pt")  # a reader sees all of it or nothing
+    except Exception as error:  # of the network, a proxy, a read-only or full disk, a damaged file
+        found and fail(3, f"cannot prepare {archive} ({error}); get it again, its md5 is {cifar.tgz_md5}")
+        archive.unlink(missing_ok=True)
+        print(f"NOTICE: {root} holds no data, and downloading CIFAR-10 failed ({type(error).__name__}).\n"
+              "NOTICE: Training on built-in synthetic images instead, to show that the installation works.\n"
+              f"NOTICE: For real results put {archive.name} (md5 {cifar.tgz_md5}) into {root}.")
+        return load_data("synthetic")
+    sets = [read_cache(place / f"{part}.pt") for part in ("train", "test")]
+    counts = [labels.bincount().tolist() for _, labels in sets]
+    for name, classes in (("cifar10", 10), ("cifar100", 100)):
+        if counts == [[50000 // classes] * classes, [10000 // classes] * classes]:
+            return name, *(Memory(*part) for part in sets)
+    return "other", *(Memory(*part) for part in sets)
+
+def plan(train_set, seed, first_step, last_step):
+    """Yields ((index [n], crop numbers [n, 23]), numbers [n, 8 + 4 * rand_ops] of the augmentation and
+    [n, depth, 2] of drop_path) of this process. Those of a step depend on the seed and the step alone, not on
+    how many share it."""
+    depth, per_pass = SIZES[HYP["size"]].depth, HYP["batch_size"] * WORLD
+    per_step = per_pass * HYP["accum_iter"]
+    per_epoch = len(train_set.labels) // per_step
+    for step in range(first_step, last_step):
+        epoch, place = divmod(step, per_epoch)
+        if step == first_step or place == 0:
+            order = torch.randperm(len(train_set.labels), generator=rng("cpu", "order", seed, epoch))
+        index = order[place * per_step:(place + 1) * per_step]
+        draws = rng("cpu", "step", seed, step)
+        crop, other, drop = (torch.rand(per_step, *shape, generator=draws)
+                             for shape in ((23,), (8 + 4 * HYP["rand_ops"],), (depth, 2)))
+        for start in range(RANK * HYP["batch_size"], per_step, per_pass):
+            part = slice(start, start + HYP["batch_size"])
+            yield (index[part], crop[part]), other[part], drop[part]
+
+#############################################
+#                   Model                   #
+#############################################
+def encoder_flops(backward):
+    """FLOPs of the encoder on an image: its matmuls and convolutions, forward or (True) backward, too."""
+    size = SIZES[HYP["size"]]
+    tokens = (size.image // size.patch) ** 2 + 1
+    embed = 6 * (tokens - 1) * size.dim * size.patch ** 2
+    blocks = size.depth * tokens * (24 * size.dim ** 2 + 4 * tokens * size.dim)
+    return embed + blocks + backward * (embed + 2 * blocks)  # pixels need no gradient
+
+def positions(dim, grid):
+    """Fixed positions [1, 1 + grid * grid, dim]: 0, then sines and cosines of the column and of the row."""
+    angles = torch.arange(grid)[:, None] / 10000 ** (torch.arange(dim // 4) / (dim // 4))
+    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1)
+    return torch.cat([torch.zeros(1, dim), table])[None]
+
+class Attention(nn.Module):
+    """Multi-head self-attention: [B, tokens, dim] -> the same"""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+class Block(nn.Module):
+    """Pre-norm transformer block: [B, tokens, dim], factors of its two branches [B, 2] -> [B, tokens, dim]"""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.fc1 = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+    def forward(self, x, factors):
+        attn, mlp = factors[:, :, None, None].unbind(1)
+        x = x + attn * self.attn(self.norm1(x))
+        return x + mlp * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+def branch_factors(numbers):
+    """Stochastic depth (arXiv 1603.09382): uniform numbers [B, depth, 2] -> 0 at a rate that rises linearly
+    from 0 to drop_path over the blocks, else 1 / (1 - rate), so that the mean is 1."""
+    rates = torch.linspace(0, HYP["drop_path"], numbers.shape[1], device=numbers.device)[:, None]
+    return (numbers >= rates) / (1 - rates)
+
+class Classifier(nn.Module):
+    """ViT encoder with a fresh norm and a linear head on its mean patch token or its class token."""
+    def __init__(self, classes):
+        super().__init__()
+        self.size = size = SIZES[HYP["size"]]
+        self.patch_embed = nn.Conv2d(3, size.dim, size.patch, size.patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
+        self.positions = nn.Parameter(positions(size.dim, size.image // size.patch))
+        self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
+        self.norm, self.head = nn.LayerNorm(size.dim, eps=1e-6), nn.Linear(size.dim, classes)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for linear in [module for module in self.modules() if isinstance(module, nn.Linear)]:
+            nn.init.xavier_uniform_(linear.weight), nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.data.flatten(1))
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        self.aux = nn.ModuleDict(  # last, so that all else starts as without them
+            {str(tap): nn.Sequential(nn.LayerNorm(size.dim, eps=1e-6), nn.Linear(size.dim, classes))
+             for tap in size.taps[:-1] if HYP["aux"]})
+        for head in self.aux.values():
+            nn.init.trunc_normal_(head[1].weight, std=2e-5), nn.init.zeros_(head[1].bias)
+    def forward(self, images, factors=None, aux=False):
+        """Pixels [B, 3, S, S] from 0 to 255, branch factors [B, depth, 2] or 1 -> logits [B, classes], or, if
+        aux, a list of those of all heads, the last block's first"""
+        mean, std = torch.tensor([MEAN, STD], device=images.device)[:, :, None, None]
+        x = self.patch_embed((images / 255 - mean) / std).flatten(2).mT + self.positions[:, 1:]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        factors = x.new_ones(len(x), len(self.blocks), 2) if factors is None else factors
+        others = []
+        for i, (block, pair) in enumerate(zip(self.blocks, factors.unbind(1)), 1):
+            x = block(x, pair)
+            vector = x[:, 0] if HYP["cls_token"] else x[:, 1:].mean(1)
+            if aux and str(i) in self.aux:
+                others.append(self.aux[str(i)](vector))
+        return [self.head(self.norm(vector)), *others] if aux else self.head(self.norm(vector))
+#############################################
+#                  Logging                  #
+#############################################
+COLUMNS = "run", "epoch", "train_loss", "val_acc", "val_top5", "images_per_s", "minutes_left"
+CPUINFO = pathlib.Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+
+def print_columns(columns, title):
+    """Head of the table: a column is as wide as its name, the rule above carries the title."""
+    line = "|" + "|".join(f"  {name}  " for name in columns) + "|"
+    print(f"-- {title} ".ljust(len(line), "-"), line, "-" * len(line), sep="\n")
+def print_training_details(columns, row):
+    """A row of the table from a dict; what that does not hold stays blank."""
+    cells = [row.get(name, "") for name in columns]
+    cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells]
+    print("|" + "|".join(f"  {cell:>{len(name)}}  " for cell, name in zip(cells, columns)) + "|")
+def environment(device):
+    """Machine and versions as a flat dict; None is what could not be found out."""
+    ask, gpu = subprocess.getoutput, device.type == "cuda"
+    smi = "2>/dev/null nvidia-smi --id=0 --format=csv,noheader,nounits --query-gpu="
+    cpu = re.search("model name.*: (.*)", CPUINFO)
+    versions = {name: importlib.metadata.version(name) for name in "torch torchvision numpy triton".split()}
+    return dict(gpu=torch.cuda.get_device_name() if gpu else None, cpu=cpu[1] if cpu else platform.machine(),
+                power_limit_w=gpu and ask(smi + "power.limit") or None, cpu_threads=torch.get_num_threads(),
+                driver=gpu and ask(smi + "driver_version") or None, cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version(), python=platform.python_version(), **versions,
+                dtype="bfloat16 autocast" if not gpu and "bf16" in CPUINFO else str(DTYPE[device.type])[6:],
+                git=ask(f"git -C '{SCRIPT.parent}' describe --always --dirty 2>/dev/null") or None)
+def t_sf(t, df):
+    """P(T > t) of Student's t; the density of a in t = sqrt(df) tan(a) is proportional to cos(a)**(df - 1)"""
+    tail, half = (np.linspace(low, np.pi / 2, 100001) for low in (np.arctan(t / df ** 0.5), 0))
+    tail, half = (np.trapezoid(np.cos(a).clip(0) ** (df - 1), a) for a in (tail, half))
+    return float(tail / half / 2)
+def statistics(values, target):
+    """mean, std (ddof 1), 95 % interval of the mean, one-sided p of 'mean <= target'; None where std is 0."""
+    n, mean, std = len(values), float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
+    if std == 0:
+        return mean, None, None, None
+    low, high, error = 0.0, 100.0, std / n ** 0.5
+    for _ in range(50):  # bisection for the t that leaves 2.5 % above
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_sf(middle, n - 1) > 0.025 else (low, middle)
+    return mean, std, [mean - low * error, mean + low * error], t_sf((mean - target) / error, n - 1)
+def append_line(path, record):
+    """Append a JSON line, all of it or nothing: a full disk or a kill leaves earlier lines as they were."""
+    line, partial = json.dumps(record), path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text((path.read_text() if path.exists() else "") + line + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        print(line)
+        fail(1, f"cannot write {path} ({error.strerror}); earlier lines are whole, the new one is above")
+def finish(result, out):
+    """Print the short values as 'key: value', append all as a JSON line to out, keep it with the source."""
+    for key, value in result.items():
+        if not isinstance(value, (dict, list)) or key == "acc_ci95":
+            print(f"{key}: {value}")
+    append_line(out, result)
+    with contextlib.suppress(OSError):  # a log that only repeats ends no run
+        path = SCRIPT.parent / "logs" / f"{result['utc'].replace(':', '')}-{SHA256[:8]}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{CODE}{'=' * 100}\n{json.dumps(result, indent=1)}\n")
+#############################################
+#                Checkpoints                #
+#############################################
+def save_checkpoint(folder, state):
+    """Write checkpoint-STEP.pt, all of it or nothing, and keep the one before."""
+    path, partial = folder / f"checkpoint-{state['step']:08d}.pt", folder / f".checkpoint.{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        fail(1, f"cannot write {path} ({error}); earlier checkpoints are whole")
+    for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
+        old.unlink()
+
+def read_checkpoint(path):
+    """State dict of a checkpoint, or None, with a line on stderr, where it is damaged."""
+    with contextlib.suppress(Exception):
+        assert zipfile.ZipFile(path).testzip() is None
+        return torch.load(path, weights_only=True, map_location="cpu")
+    print(f"{SCRIPT.name}: warning: {path} is missing or damaged", file=sys.stderr)
+
+def latest_checkpoint(folder, resume, per_step):
+    """State of the file to resume, or of the newest whole checkpoint of the folder, or None; exit 3 or 2. How
+    the images of a step are shared out may change, their number may not."""
+    paths = [pathlib.Path(resume)] if resume else sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+    state = next(filter(None, map(read_checkpoint, paths)), None)
+    state or not resume or fail(3, f"cannot resume from {resume}")
+    free = "workers", "save_epochs", "batch_size", "accum_iter"
+    differing = [key for key in HYP if state and key not in free and state["hyp"].get(key) != HYP[key]]
+    differing += ["batch_size"] if state and state["per_step"] != per_step else []
+    differing and fail(2, f"the checkpoint in {folder} was made with another {', '.join(differing)}")
+    return state
+
+def pretrained(path):
+    """(size, origin, weights) of the encoder in a checkpoint of any mainN; 'norm' is that of its last stage.
+    Exit 3 where the file is missing, damaged or something else."""
+    with contextlib.suppress(Exception):
+        assert zipfile.ZipFile(path).testzip() is None  # checksums, which torch.load does not look at
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        size, model = state["hyp"]["size"], state["model"]
+        stages = [int(name.split(".")[1]) for name in model if name.startswith("decoders.")]
+        norm = f"decoders.{max(stages)}.norm."
+        names = [name for name in model if name.startswith(("patch_embed.", "cls_token", "blocks.", norm))]
+        weights = {name.replace(norm, "norm."): model[name] for name in names}
+        assert SIZES[size].dim == len(weights["norm.weight"])
+        origin = {name: state.get(name) for name in ("script", "seed", "step")}
+        origin.update({name: state["hyp"][name] for name in ("epochs", "batch_size", "accum_iter")})
+        origin["sha256"] = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+        return size, origin, weights
+    fail(3, f"{path} is missing, damaged or no checkpoint of a mainN")
+#############################################
+#                Evaluation                 #
+#############################################
+def accuracy(model, dataset):
+    """(top-1, top-5) without augmentation; the processes share the batches"""
+    model.eval()
+    device, hits = model.cls_token.device, torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), autocast(device):
+        for images, labels in itertools.islice(dataset.views(model.size.image), RANK, None, WORLD):
+            logits = model(images.to(device)).float().cpu()
+            right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            hits += torch.stack([right[:, 0].sum(), right.sum()])
+    model.train()
+    WORLD > 1 and dist.all_reduce(hits)
+    return (hits / len(dataset.labels)).tolist()
+#############################################
+#                 Training                  #
+#############################################
+class Timer(collections.Counter):
+    """Seconds by part: lap(part) adds what has passed since the last lap, and returns the sum of the part."""
+    last = START
+    def lap(self, part):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self[part] += time.perf_counter() - self.last
+        self.last = time.perf_counter()
+        return self[part]
+
+def autocast(device):
+    """bf16 autocast on a GPU, and on a CPU with bf16 instructions for models so wide that they gain by it."""
+    wide = "bf16" in CPUINFO and SIZES[HYP["size"]].dim > 256
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or wide)
+
+def peak_flops(device):
+    """FLOP/s of the fastest of ten large matmuls in the precision of the training; MFU is the share of it."""
+    timer, n = Timer(), 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=DTYPE[device.type])
+    for trial in range(11):  # the first lap holds the set-up too
+        with autocast(device):
+            a @ a
+        timer.lap(trial)
+    return 2 * n ** 3 / min(timer.values())
+
+def make_model(device, seed, weights, classes):
+    """The model with a head by the seed, and the encoder of a checkpoint or else (None) by the seed, too."""
+    torch.manual_seed(seed)
+    model = Classifier(classes)
+    own = "norm.", "head.", "aux.", "positions"
+    fresh = {name: value for name, value in model.state_dict().items() if name.startswith(own)}
+    weights and model.load_state_dict({**weights, **fresh})
+    return model.to(device)
+
+def peak_memory():
+    """MiB on the GPU, or else of the process."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
+
+def train(args, folder, train_set, test_set, run, seed, device, weights):
+    """One run, from the pretrained weights or a checkpoint to the end. -> dict for the result line"""
+    timer, passes, stop = Timer(), HYP["accum_iter"], []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    per_step = HYP["batch_size"] * passes * WORLD
+    per_epoch, classes = len(train_set.labels) // per_step, int(train_set.labels.max()) + 1
+    last_step, model = round(HYP["epochs"] * per_epoch), make_model(device, seed, weights, classes)
+    optimizer, state = make_optimizer(model), latest_checkpoint(folder, args.resume, per_step)
+    step, rows, count, loss_sum = 0, [], 0, torch.zeros((), device=device)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, rows, count, loss_sum = state["step"], state["rows"], state["count"], state["sums"].to(device)
+        timer.update(state["seconds"])
+        print(f"continuing after {step} of {last_step} steps")
+    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    noise = torch.randn(1 << 20, generator=rng("cpu", "noise", seed)).to(device)
+    def report(keep):
+        """Row of the table on the steps of this epoch; if it is to be kept, with the test and logged."""
+        timer.lap("train")
+        mean = loss_sum / count / WORLD
+        WORLD > 1 and dist.all_reduce(mean)
+        math.isfinite(mean) or fail(1, f"the loss is {mean.item()} in run {run}, by step {step}")
+        row = dict(epoch=step / per_epoch, train_loss=mean.item(), lr=learning_rate(step - 1, per_epoch))
+        speed = count * per_step / (timer["train"] - timer["epochs"])
+        details = dict(run=run, images_per_s=speed, peak_mib=peak_memory(),
+                       minutes_left=(last_step - step) * per_step / speed / 60)
+        if keep:
+            row["val_acc"], row["val_top5"] = accuracy(model, test_set)
+            rows.append(row)
+            timer["epochs"] = timer["train"]
+            RANK or append_line(folder / "log.jsonl", dict(row, **details))
+            timer.lap("eval")
+        print_training_details(COLUMNS, dict(row, **details))
+    def save():
+        timer.lap("train")
+        RANK or save_checkpoint(folder, dict(
+            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rows=rows, sums=loss_sum,
+            count=count, seconds=dict(timer), hyp=HYP, seed=seed, per_step=per_step, script=SCRIPT.name))
+        timer.lap("save")
+    plans, rest = itertools.tee(plan(train_set, seed, step, last_step))
+    crops = train_set.crops((batch for batch, *_ in plans), model.size.image)
+    timer.lap("reset")
+    model.train()
+    for number, ((images, labels), (_, numbers, drop)) in enumerate(zip(crops, rest), 1):
+        targets = F.one_hot(labels.to(device), classes) * (1 - HYP["smoothing"]) + HYP["smoothing"] / classes
+        draws = np.random.default_rng([seed, step])  # the same in all passes and processes
+        images, targets = augment(images.to(device), targets, numbers, draws, noise)
+        last_pass = number % passes == 0
+        with contextlib.nullcontext() if last_pass or WORLD == 1 else net.no_sync():
+            with autocast(device):
+                logits = net(images, branch_factors(drop.to(device)), aux=True)
+            loss, *others = [F.cross_entropy(part.float(), targets) for part in logits]
+            whole = loss + HYP["aux"] * sum(others) / max(len(others), 1)
+            (whole / passes).backward()
+        loss_sum += loss.detach() / passes
+        if not last_pass:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, per_epoch)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, count, stopping = step + 1, count + 1, torch.tensor(len(stop))
+        WORLD > 1 and dist.all_reduce(stopping)  # all processes stop after the same step
+        if step % per_epoch == 0 or step == last_step:
+            report(keep=True)
+            count, loss_sum = 0, torch.zeros_like(loss_sum)
+        elif time.perf_counter() - timer.last > 60:
+            report(keep=False)
+        if stopping or step == last_step or step % max(1, round(HYP["save_epochs"] * per_epoch)) == 0:
+            save()
+        stopping and fail(143, f"stopped after {step} of {last_step} steps; the same command continues")
+    broken = sorted(train_set.broken | test_set.broken)
+    return dict(acc=rows[-1]["val_acc"], top5=rows[-1]["val_top5"], time_seconds=timer["train"], seed=seed,
+                parts=timer, broken=broken, epochs=rows)
+
+def main(args):
+    """All runs of the script: data, training, and the result as text and as a JSON line."""
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    sys.stdout.reconfigure(line_buffering=True)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device == "cuda" != found and fail(4, "no usable CUDA GPU; --device cpu needs none")
+    timer, device = Timer(), torch.device(args.device or found)
+    if device.type == "cuda":
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
+    WORLD > 1 and dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    HYP.update({name: value for name, value in vars(args).items() if name in HYP})
+    args.dry_run and HYP.update(size="nano", batch_size=8, accum_iter=1, workers=min(2, HYP["workers"]))
+    for name in ("batch_size", "accum_iter", "epochs"):
+        HYP[name] > 0 or fail(2, f"--{name} must be above 0")
+    HYP["aux"] >= 0 or fail(2, "--aux must not be negative")
+    HYP["drop_path"] < 1 or fail(2, "--drop_path must be below 1")
+    mixed = HYP["mixup"] or HYP["cutmix"]
+    mixed and HYP["batch_size"] % 2 and fail(2, "--batch_size must be even: mixup mixes pairs of images")
+    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
+    HYP["size"], HYP["pretrained"], weights = (
+        pretrained(args.finetune) if args.finetune else (HYP["size"], None, None))
+    SIZES[HYP["size"]].image > 64 and HYP.update(PHOTO)
+    name, train_set, test_set = load_data(args.data)
+    n_train, per_step = len(train_set.labels), HYP["batch_size"] * HYP["accum_iter"] * WORLD
+    n_train >= per_step or fail(3, f"{n_train} images do not fill a step of {per_step}")
+    HYP["epochs"] = 2 / (n_train // per_step) if args.dry_run else HYP["epochs"]
+    name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
+    timer.lap("load")
+    peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
+    print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
+          f"{HYP['lr'] or HYP['blr'] * per_step / 256:.3g}")
+    images = round(HYP["epochs"] * (n_train // per_step)) * per_step
+    flops = images * encoder_flops(backward=True)
+    env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
+    key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
+    place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
+    print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
+    runs = []
+    for seed in range(args.seed, args.seed + args.runs):
+        folder = pathlib.Path(args.output_dir or place) / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.append(train(args, folder, train_set, test_set, len(runs), seed, device, weights))
+        print(f"checkpoint and log: {os.path.relpath(folder)}")
+    WORLD > 1 and dist.destroy_process_group()
+    if RANK:
+        return
+    target = args.target or 0
+    acc_mean, acc_std, acc_ci95, p_value = statistics([run["acc"] for run in runs], target)
+    time_mean, time_std, *_ = statistics([run["time_seconds"] for run in runs], 0)
+    finish(dict(
+        script=SCRIPT.name, data=name, n=len(runs), acc_mean=acc_mean, acc_std=acc_std, acc_ci95=acc_ci95,
+        target=target, p_value=p_value, time_mean=time_mean, time_std=time_std, load_seconds=timer["load"],
+        compile_seconds=sum(run["parts"]["compile"] for run in runs),
+        diag_seconds=sum(run["parts"]["eval"] + run["parts"]["save"] for run in runs),
+        wall_seconds=time.perf_counter() - START, cpu_seconds=time.process_time(), peak_mib=peak_memory(),
+        timed="data, augmentation, training", untimed="load, checkpoints, tests",
+        images_per_s=images / time_mean, peak_tflops=peak / 1e12, mfu=flops / peak / time_mean,
+        pflops_nominal=flops / 1e15, pflops=flops / 1e15,
+        dry_run=args.dry_run, compiled=False, device=device.type, processes=WORLD, **env, sha256=SHA256,
+        data_sha256=train_set.digest, argv=sys.argv[1:], hyp=HYP, runs=runs,
+        utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), out)
+    acc_mean >= target or fail(1, f"mean accuracy {acc_mean:.4f} is below {target}")
+#############################################
+#                Entry point                #
+#############################################
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        fail(130, "interrupted; the same command continues from the last checkpoint")
+    except OSError as error:
+        fail(2, error)
+    except Exception as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate mem" not in str(error):
+            raise
+        pages = [os.sysconf(f"SC_{kind}PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") for kind in ("AV", "")]
+        mib = [n >> 20 for n in (torch.cuda.mem_get_info() if torch.cuda.is_initialized() else pages)]
+        fail(1, f"out of memory at batch size {HYP['batch_size']}, with {mib[0]} of {mib[1]} MiB free")
