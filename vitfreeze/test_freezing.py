@@ -3,20 +3,20 @@ import collections
 import json
 import math
 import pathlib
-import re
 import signal
 import subprocess
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from test_vitfreeze import (  # before torch: it has kernels interpreted
-    CPU, ENV, MAINS, call, data, final, flags, load, photos, same_weights, settings, side_by_side)
+    CPU, ENV, MAINS, after, data, final, flags, forks, load, pair, photos, plain_norms, same_weights, send,
+    settings, whole)
 
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("plain_norms")
 FREEZE, GLOBAL, CONSTANT, WEIGHTS, STAGES, CACHE, LATENT, AUTO = (load(path) for path in MAINS[5:13])
 WHOLE = [MAINS[5], MAINS[10], MAINS[11]]  # the others share their training loop
 
@@ -165,11 +165,9 @@ def test_stage_weights():
 
 def test_weights_reach_the_gradients(data, tmp_path):
     """With all weight on the last two stages, the heads of the first two stand still but for weight decay."""
-    code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import {MAINS[8].stem} as m
-m.stage_weights = lambda done, losses: [0.0, 0.0, 2.0, 2.0]
-m.main(m.flag_parser().parse_args())"""
-    command = [sys.executable, "-c", code, *flags(data, tmp_path), "--no-compile", "--weight_decay=0"]
-    subprocess.run(command, env=ENV, check=True, capture_output=True)
+    def change(module):
+        module.stage_weights = lambda done, losses: [0.0, 0.0, 2.0, 2.0]
+    whole((MAINS[8], [*flags(data, tmp_path), "--no-compile", "--weight_decay=0"], change))
     with settings(WEIGHTS, size="nano"):
         fresh = WEIGHTS.make_model(CPU, 0).state_dict()
     moved = {name.split(".")[1] for name, p in final(tmp_path)["model"].items()
@@ -241,22 +239,20 @@ def test_flops_saved_by_storing(t_0, saved):
 
 def test_storing_changes_nothing_but_time(data, tmp_path):
     """A run that computes every prefix afresh ends with the same weights."""
-    code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import {MAINS[10].stem} as m
-def afresh(self, model, images, noise, index, view, level):
-    with m.torch.no_grad():
-        return model.prefix(images, model.kept(noise), level)
-m.Views.__call__ = afresh
-m.main(m.flag_parser().parse_args())"""
-    more = ["--views=1", "--t_0=0.2", "--epochs=5"]
-    command = [sys.executable, "-c", code, *flags(data, tmp_path / "a"), "--no-compile", *more]
-    subprocess.run(command, env=ENV, check=True, capture_output=True)
-    call(MAINS[10], *flags(data, tmp_path / "b"), "--no-compile", *more)
+    def afresh(self, model, images, noise, index, view, level):
+        with torch.no_grad():
+            return model.prefix(images, model.kept(noise), level)
+    def change(module):
+        module.Views.__call__ = afresh
+    more = ["--no-compile", "--views=1", "--t_0=0.2", "--epochs=5"]
+    whole((MAINS[10], [*flags(data, tmp_path / "a"), *more], change),
+          (MAINS[10], [*flags(data, tmp_path / "b"), *more]))
     assert same_weights(final(tmp_path / "a", 60), final(tmp_path / "b", 60))
     line = json.loads((tmp_path / "b" / "o.jsonl").read_text())
     assert line["pflops"] < json.loads((tmp_path / "a" / "o.jsonl").read_text())["pflops_nominal"]
-    call(MAINS[10], *flags(data, tmp_path / "c"), "--views=-1", code=2)
-    assert "MiB" in call(MAINS[10], *flags(data, tmp_path / "c"), "--views=1000000000", "--epochs=1e9",
-                         code=2)
+    (code, _), (other, text) = forks((MAINS[10], [*flags(data, tmp_path / "c"), "--views=-1"]), (
+        MAINS[10], [*flags(data, tmp_path / "c"), "--views=1000000000", "--epochs=1e9"]))
+    assert code == other == 2 and "MiB" in text
 
 def test_effective_rank():
     torch.manual_seed(0)
@@ -305,12 +301,13 @@ def test_hidden_patches_reach_the_inputs_only_where_the_header_says():
         places = model.kept(noise)[:, :, None].expand(-1, -1, 96) + 1
         assert not torch.equal(whole.gather(1, places), others.gather(1, places))
 
-@pytest.mark.parametrize("latent", ["both", "off"])
-def test_other_uses_of_frozen_features(latent, data, tmp_path):
-    call(MAINS[11], *flags(data, tmp_path), *EARLY, f"--latent={latent}")
-    rows = final(tmp_path)["rows"]
-    assert ["rank" in row for row in rows] == [False] + [latent == "both"] * 2
-    assert latent == "off" or 1 < rows[-1]["rank"] < 96 and rows[-1]["train_loss"] > rows[0]["train_loss"]
+def test_other_uses_of_frozen_features(data, tmp_path):
+    whole(*((MAINS[11], [*flags(data, tmp_path / latent), *EARLY, f"--latent={latent}"])
+            for latent in ("both", "off")))
+    for latent in ("both", "off"):
+        rows = final(tmp_path / latent)["rows"]
+        assert ["rank" in row for row in rows] == [False] + [latent == "both"] * 2
+        assert latent == "off" or 1 < rows[-1]["rank"] < 96 and rows[-1]["train_loss"] > rows[0]["train_loss"]
 
 def test_cka():
     torch.manual_seed(0)
@@ -324,21 +321,22 @@ def test_cka():
 def test_layers_freeze_by_plasticity(data, tmp_path):
     """At once where the bound is high, never where it is 0, which is main11 without freezing; and a run that
     lost its end goes on as if it had not."""
-    runs = dict(high=(MAINS[12], "--plasticity=1"), never=(MAINS[12], "--plasticity=0"),
+    ways = dict(high=(MAINS[12], "--plasticity=1"), never=(MAINS[12], "--plasticity=0"),
                 main11=(MAINS[11], "--t_0=1"), some=(MAINS[12], "--plasticity=0.3"))
     more = ["--epochs=4", "--warmup_epochs=1", "--no-compile"]
-    def run(name):
-        call(runs[name][0], *flags(data, tmp_path / name), *more, runs[name][1])
-        return final(tmp_path / name, 48)
-    high, never, main11, some = side_by_side(run, runs)
+    runs = {name: (path, [*flags(data, tmp_path / name), *more, flag]) for name, (path, flag) in ways.items()}
+    whole(*runs.values())
+    high, never, main11, some = (final(tmp_path / name, 48) for name in runs)
     assert [row["frozen"] for row in high["rows"]] == [0, 0, 4, 4] and high["freezes"] == [24] * 4
     assert never["freezes"] == [] and same_weights(never, main11)
     assert [len(row["plasticities"]) for row in some["rows"]] == [0, 5, 5, 5]
     line = json.loads((tmp_path / "high" / "o.jsonl").read_text())
     assert line["pflops"] < 0.95 * line["pflops_nominal"] and line["runs"][0]["freezes"] == [24] * 4
-    for name, state in (("high", high), ("some", some)):
+    for name in ("high", "some"):
         (tmp_path / name / "seed0" / "checkpoint-00000048.pt").unlink()
-        again = run(name)
+    whole(runs["high"], runs["some"])
+    for name, state in (("high", high), ("some", some)):
+        again = final(tmp_path / name, 48)
         assert same_weights(again, state) and again["rows"] == state["rows"]
         assert again["freezes"] == state["freezes"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -354,20 +352,23 @@ def test_layers_freeze_by_plasticity(data, tmp_path):
 EARLY = ["--t_0=0.5", "--epochs=3", "--warmup_epochs=0.5", "--no-compile"]  # the first layer in step 10 of 36
 
 def test_runs_that_freeze_late_enough_are_those_of_main4(data, tmp_path):
-    def run(path, *more):
-        call(path, *flags(data, tmp_path / path.stem), "--no-compile", *more)
-        return final(tmp_path / path.stem)
-    main4, *others = side_by_side(run, MAINS[4:7], ("--seed=0", "--t_0=1", "--t_0=1"))
+    whole(*((path, [*flags(data, tmp_path / path.stem), "--no-compile", *["--t_0=1"] * (path != MAINS[4])])
+            for path in MAINS[4:7]))
+    main4, *others = (final(tmp_path / path.stem) for path in MAINS[4:7])
     for other in others:
         assert same_weights(other, main4)
         assert [row["train_loss"] for row in other["rows"]] == [row["train_loss"] for row in main4["rows"]]
 
-@pytest.fixture(scope="module", params=WHOLE, ids=lambda path: path.stem)
-def early(request, data, tmp_path_factory):
-    """(script, folder) of a run in which layers freeze in steps 10 to 33 of 36"""
-    folder = tmp_path_factory.mktemp("early")
-    call(request.param, *flags(data, folder), *EARLY)
-    return request.param, folder
+@pytest.fixture(scope="module")
+def early_runs(data, tmp_path_factory):
+    """{script: folder of a run in which layers freeze in steps 10 to 33 of 36}"""
+    folders = {path: tmp_path_factory.mktemp(path.stem) for path in WHOLE}
+    whole(*((path, [*flags(data, folder), *EARLY]) for path, folder in folders.items()))
+    return folders
+
+@pytest.fixture(params=WHOLE, ids=lambda path: path.stem)
+def early(request, early_runs):
+    return request.param, early_runs[request.param]
 
 def test_layers_and_stages_leave_the_table_and_the_time(early):
     path, folder = early
@@ -379,81 +380,77 @@ def test_layers_and_stages_leave_the_table_and_the_time(early):
 
 def test_a_killed_run_goes_on_across_freezes(early, data, tmp_path):
     path, folder = early
-    def kill_and_continue(step):
-        place = tmp_path / str(step)
-        command = [sys.executable, path, *flags(data, place), *EARLY]
-        run = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (place / "seed0" / f"checkpoint-{step:08d}.pt").exists() and run.poll() is None:
-            time.sleep(0.001)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
-        text = call(path, *flags(data, place), *EARLY)
-        assert re.search(rf"continuing after {step} of 36 steps", text)
-        return final(place)
-    for state in side_by_side(kill_and_continue, (12, 24)):
+    runs = {step: (path, [*flags(data, tmp_path / str(step)), *EARLY]) for step in (12, 24)}
+    killed = forks(*((*run, after("save_checkpoint", step // 12, send(signal.SIGKILL)))
+                     for step, run in runs.items()))
+    assert [code for code, _ in killed] == [-signal.SIGKILL] * 2
+    for step, text in zip(runs, whole(*runs.values())):
+        state = final(tmp_path / str(step))
+        assert f"continuing after {step} of 36 steps" in text
         assert same_weights(state, final(folder)) and state["rows"] == final(folder)["rows"]
 
 def test_two_processes_freeze_as_one(early, data, tmp_path):
     path, folder = early
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*torchrun, path, *flags(data, tmp_path), *EARLY, "--batch_size=2", "--accum_iter=2"]
-    run = subprocess.run(command, env=ENV, text=True, capture_output=True)
-    assert run.returncode == 0, run.stderr
+    whole(*pair(path, [*flags(data, tmp_path), *EARLY, "--batch_size=2", "--accum_iter=2"]))
     for ours, theirs in zip(final(tmp_path)["rows"], final(folder)["rows"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=5e-3)
         assert ours["frozen"] == theirs["frozen"]
 
 def test_the_original_graph_can_be_kept(data, tmp_path):
-    def rows(mode):
-        call(MAINS[5], *flags(data, tmp_path / mode), *EARLY, f"--{mode}")
-        return final(tmp_path / mode)["rows"]
-    for found in side_by_side(rows, ("keep_graph", "dont_freeze_pe")):
-        assert found[-1]["frozen"] == 4 and found[-1]["train_loss"] < found[0]["train_loss"]
-    call(MAINS[5], "--data", data, "--out", tmp_path / "o", "--t_0=0", code=2)
+    modes = "keep_graph", "dont_freeze_pe"
+    whole(*((MAINS[5], [*flags(data, tmp_path / mode), *EARLY, f"--{mode}"]) for mode in modes))
+    for mode in modes:
+        rows = final(tmp_path / mode)["rows"]
+        assert rows[-1]["frozen"] == 4 and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert forks((MAINS[5], [f"--data={data}", f"--out={tmp_path}/o", "--t_0=0"]))[0][0] == 2
 
 # ---------------------------------------------------------------------- fine-tuning
 TUNING = ["--size=nano", "--epochs=2", "--warmup_epochs=0.5", "--lr=2e-3", "--device=cpu"]
 
 def tuning(path, data, folder, *more):
-    """State of a run of fine-tuning, of 12 steps, from the command line."""
-    call(path, f"--data={data}", f"--out={folder}/o.jsonl", f"--output_dir={folder}", *TUNING,
-         "--batch_size=16", "--save_epochs=0.5", *more)
+    """A run of fine-tuning, of 12 steps, for forks()"""
+    return path, [f"--data={data}", f"--out={folder}/o.jsonl", f"--output_dir={folder}", *TUNING,
+                  "--batch_size=16", "--save_epochs=0.5", *more]
+
+def tuned(folder):
     return torch.load(sorted(folder.glob("seed0/checkpoint-*.pt"))[-1], weights_only=True)
 
-def test_fine_tuning_that_freezes_late_enough_is_fine_tuning(data, tmp_path):
-    runs = ((HERE / "finetune.py", "--seed=0"), (HERE / "finetune_freeze.py", "--t_0=1"),
-            (HERE / "finetune_freeze.py", "--t_0=0.5"))
-    plain, late, early = side_by_side(
-        lambda path, flag: tuning(path, data, tmp_path / f"{path.stem}{flag}", flag), *zip(*runs))
+@pytest.fixture(scope="module")
+def tuned_runs(data, tmp_path_factory):
+    """Folders of runs of fine-tuning: without freezing, with it after the end, and on the way"""
+    folder = tmp_path_factory.mktemp("tuning")
+    scripts_ = dict(plain=(HERE / "finetune.py", "--seed=0"), late=(HERE / "finetune_freeze.py", "--t_0=1"),
+                    early=(HERE / "finetune_freeze.py", "--t_0=0.5"))
+    whole(*(tuning(path, data, folder / name, flag) for name, (path, flag) in scripts_.items()))
+    return {name: folder / name for name in scripts_}
+
+def test_fine_tuning_that_freezes_late_enough_is_fine_tuning(tuned_runs):
+    plain, late, early = map(tuned, tuned_runs.values())
     assert same_weights(late, plain) and not same_weights(early, plain)
     assert [row["frozen"] for row in early["rows"]] == [1, 4]
-    line = json.loads((tmp_path / "finetune_freeze--t_0=0.5" / "o.jsonl").read_text())
+    line = json.loads((tuned_runs["early"] / "o.jsonl").read_text())
     assert line["pflops"] < 0.9 * line["pflops_nominal"]
 
-def test_frozen_layers_of_fine_tuning_stay_and_a_stopped_run_goes_on(data, tmp_path):
-    path, flag = HERE / "finetune_freeze.py", "--t_0=0.5"
-    whole = tuning(path, data, tmp_path / "a", flag)
-    for old in sorted((tmp_path / "a").glob("seed0/checkpoint-*.pt"))[1:]:
-        old.rename(tmp_path / old.name)
-    before, = ((torch.load(old, weights_only=True)) for old in (tmp_path / "a").glob("seed0/*.pt"))
-    module = load(path)
+def test_frozen_layers_of_fine_tuning_stay_and_a_stopped_run_goes_on(tuned_runs, data, tmp_path):
+    path, whole_run = HERE / "finetune_freeze.py", tuned(tuned_runs["early"])
+    (code, _), = forks((*tuning(path, data, tmp_path, "--t_0=0.5"),
+                        after("save_checkpoint", 3, send(signal.SIGKILL))))
+    before, module = tuned(tmp_path), load(path)
     with settings(module, size="nano", t_0=0.5, epochs=2.0, warmup_epochs=0.5):
         level = module.freeze_level(before["step"] - 1, 6)
         frozen = {name for name in before["model"] if not module.trains(name, level)}
-    assert level == 3 and before["step"] == 9 and {"positions", "cls_token"} < frozen
-    assert {name for name, p in whole["model"].items() if torch.equal(p, before["model"][name])} >= frozen
-    again = tuning(path, data, tmp_path / "a", flag)
-    assert same_weights(again, whole) and again["rows"] == whole["rows"]
+    assert code == -signal.SIGKILL and level == 3 and before["step"] == 9
+    assert {"positions", "cls_token"} < frozen
+    same = {name for name, p in whole_run["model"].items() if torch.equal(p, before["model"][name])}
+    assert same >= frozen
+    text, = whole(tuning(path, data, tmp_path, "--t_0=0.5"))
+    again = tuned(tmp_path)
+    assert "continuing after 9 of 12 steps" in text
+    assert same_weights(again, whole_run) and again["rows"] == whole_run["rows"]
 
-def test_two_processes_fine_tune_as_one_across_freezes(data, tmp_path):
-    path, flag = HERE / "finetune_freeze.py", "--t_0=0.5"
-    whole = tuning(path, data, tmp_path / "a", flag)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", path,
-               f"--data={data}", f"--out={tmp_path}/o", f"--output_dir={tmp_path}", *TUNING, "--batch_size=8",
-               flag]
-    run = subprocess.run(command, env=ENV, text=True, capture_output=True)
-    assert run.returncode == 0, run.stderr
-    rows = torch.load(sorted(tmp_path.glob("seed0/checkpoint-*.pt"))[-1], weights_only=True)["rows"]
-    for ours, theirs in zip(rows, whole["rows"], strict=True):
+def test_two_processes_fine_tune_as_one_across_freezes(tuned_runs, data, tmp_path):
+    path, run = tuning(HERE / "finetune_freeze.py", data, tmp_path, "--t_0=0.5", "--batch_size=8")
+    whole(*pair(path, run))
+    for ours, theirs in zip(tuned(tmp_path)["rows"], tuned(tuned_runs["early"])["rows"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-3)
         assert ours["frozen"] == theirs["frozen"]

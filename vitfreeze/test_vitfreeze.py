@@ -1,17 +1,23 @@
 """Checks of the ideas of this ladder, each against a slow or independent form of it, and of its long runs."""
 import collections
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
-import time
+import tempfile
+import types
+import xml.etree.ElementTree
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -47,6 +53,13 @@ def photos(n, side=32, seed=5):
     """uint8 [n, 3, side, side]"""
     images = BASE.draw_synthetic(n, seed)["images"].permute(0, 3, 1, 2).float()
     return F.interpolate(images, size=(side, side), mode="bicubic").round().clamp(0, 255).to(torch.uint8)
+
+@pytest.fixture(scope="module")
+def plain_norms():
+    """Norms and HOG in plain torch: kernels, which are interpreted here, have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "")
+        yield
 
 # ---------------------------------------------------------------------- model
 @pytest.mark.parametrize("size, parameters, decayed, other, gflops", [
@@ -122,7 +135,7 @@ def test_all_steps_of_the_ladder_compute_the_same(size, steps, interpret, monkey
     images, noises = photos(count, BASE.SIZES[size].image), torch.rand(steps, count, 64)
     losses, shown, targets, tokens = run_steps(BASE, size, steps, images, noises)
     assert steps == 1 or (losses[-1] < losses[0]).all()
-    for path in MAINS[1:9]:
+    for path in MAINS[1:5 if interpret else 9]:  # the others have the same kernels, which are slow here
         other = run_steps(load(path), size, steps, images, noises)
         torch.testing.assert_close(other[0], losses, atol=1e-4, rtol=0)
         torch.testing.assert_close(other[2], targets, atol=1e-5, rtol=0)
@@ -374,10 +387,63 @@ def final(folder, step=36):
 def same_weights(a, b):
     return all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
 
+def forks(*runs):
+    """[(exit code, what was printed)] of runs of scripts at the same time, each (script, flags) and perhaps a
+    function that changes the module, in forks of this process, which saves the seconds that imports take."""
+    def child(file, path, flags, change=lambda module: None):
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        os.environ["TRITON_INTERPRET"] = ""
+        change(load(path))
+        load(path).main(load(path).flag_parser().parse_args(list(map(str, flags))))
+    files = [tempfile.TemporaryFile("w+") for _ in runs]
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(file, *run))
+                 for file, run in zip(files, runs)]
+    for process in processes:
+        process.start()
+    for process, file in zip(processes, files):
+        process.join(), file.seek(0)
+    return [(process.exitcode, file.read()) for process, file in zip(processes, files)]
+
+def whole(*runs):
+    """What forks print that come to their end"""
+    results = forks(*runs)
+    for code, text in results:
+        assert code == 0, text
+    return [text for _, text in results]
+
+def pair(path, flags, change=lambda module: None):
+    """Runs for forks() that are two processes of one"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    def of(rank):
+        def as_rank(module):
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+            module.RANK, module.LOCAL_RANK, module.WORLD = rank, rank, 2
+            change(module)
+        return path, flags, as_rank
+    return of(0), of(1)
+
+def after(name, number, act):
+    """Change of a module: once its function `name` has returned for the number-th time, act()"""
+    def change(module):
+        function, calls = getattr(module, name), itertools.count(1)
+        def wrapped(*args, **more):
+            result = function(*args, **more)
+            next(calls) == number and act()
+            return result
+        setattr(module, name, wrapped)
+    return change
+
+def send(number):
+    """Send a signal to the process that is running"""
+    return lambda: os.kill(os.getpid(), number)
+
 @pytest.fixture(scope="module")
 def whole_run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    call(MAINS[0], *flags(data, folder))
+    whole((MAINS[0], flags(data, folder)))
     return folder
 
 def test_training_lowers_the_loss(whole_run):
@@ -387,46 +453,38 @@ def test_training_lowers_the_loss(whole_run):
     assert sum(rows[2][f"stage_{i}"] for i in range(1, 5)) == pytest.approx(rows[2]["train_loss"])
     assert (whole_run / "seed0" / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
-def stop_and_continue(data, folder, how, when):
-    """Send a signal once the glob `when` finds something, then run the same command to the end."""
-    folder.mkdir(exist_ok=True)
-    run = subprocess.Popen([sys.executable, MAINS[0], *flags(data, folder)], env=ENV, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not list(folder.glob(when)) and run.poll() is None:
-        time.sleep(0.001)
-    run.send_signal(how)
-    _, errors = run.communicate()
-    return run.returncode, errors, call(MAINS[0], *flags(data, folder))
-
-def test_sigterm_saves_and_the_same_command_continues(data, whole_run, tmp_path):
-    code, errors, text = stop_and_continue(data, tmp_path, signal.SIGTERM, "seed0/log.jsonl")
-    assert code == 143 and re.fullmatch(r".*: error: stopped after \d+ of 36 steps; .*\n", errors)
-    step = int(re.search(r"stopped after (\d+)", errors)[1])
-    assert f"continuing after {step} of 36 steps" in text
-    assert same_weights(final(tmp_path), final(whole_run))
-    assert [row["train_loss"] for row in final(tmp_path)["rows"]] == [
-        row["train_loss"] for row in final(whole_run)["rows"]]
-
-@pytest.mark.parametrize("when", ["seed0/checkpoint-00000012.pt", "seed0/.checkpoint.*", "seed0/log.jsonl"])
-def test_kill_costs_at_most_the_work_since_the_last_checkpoint(data, whole_run, tmp_path, when):
-    code, _, text = stop_and_continue(data, tmp_path, signal.SIGKILL, when)
-    assert code == -signal.SIGKILL
-    assert when[6:7] != "c" or re.search(r"continuing after (12|24) of 36 steps", text)
-    assert same_weights(final(tmp_path), final(whole_run))
-
-def test_damaged_checkpoint_is_named_and_the_one_before_used(data, whole_run, tmp_path):
-    call(MAINS[0], *flags(data, tmp_path))
-    newest = tmp_path / "seed0" / "checkpoint-00000036.pt"
+def test_a_stopped_run_goes_on_with_the_same_command(data, whole_run, tmp_path):
+    """Sent SIGTERM, it saves first; killed, it loses what came after the last checkpoint, whether it trains,
+    writes the log, or writes a checkpoint; a damaged checkpoint is named and the one before used."""
+    def half_written(module):
+        replace = os.replace
+        module.os = types.SimpleNamespace(**vars(os))
+        module.os.replace = lambda a, b: send(signal.SIGKILL)() if "00024" in str(b) else replace(a, b)
+    ways = dict(term=after("learning_rate", 35, send(signal.SIGTERM)),
+                kill=after("learning_rate", 35, send(signal.SIGKILL)),
+                log=after("append_line", 2, send(signal.SIGKILL)),
+                saved=after("save_checkpoint", 2, send(signal.SIGKILL)), half=half_written)
+    commands = {name: (MAINS[0], flags(data, tmp_path / name)) for name in (*ways, "damaged")}
+    stops = dict(zip(commands, forks(*((*commands[name], ways.get(name, lambda module: None))
+                                       for name in commands))))
+    assert {name: code for name, (code, _) in stops.items()} == dict(
+        dict.fromkeys(ways, -signal.SIGKILL), term=143, damaged=0)
+    assert re.search(r"\n.*: error: stopped after 18 of 36 steps; .*\n$", stops["term"][1])
+    assert list((tmp_path / "half" / "seed0").glob(".checkpoint.*"))
+    newest = tmp_path / "damaged" / "seed0" / "checkpoint-00000036.pt"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    text = call(MAINS[0], *flags(data, tmp_path))
-    assert f"warning: {newest} is missing or damaged" in text and "continuing after 24 of 36 steps" in text
-    assert same_weights(final(tmp_path), final(whole_run))
-    text = subprocess.run([sys.executable, MAINS[0], *flags(data, tmp_path), "--resume=none.pt"], env=ENV,
-                          capture_output=True, text=True)
-    assert text.returncode == 3 and "cannot resume from none.pt" in text.stderr
-    assert "another blr" in call(MAINS[0], *flags(data, tmp_path), "--blr=0.1", code=2)
+    texts = dict(zip(commands, whole(*commands.values())))
+    for name, step in dict(term=18, kill=12, log=12, saved=24, half=12, damaged=24).items():
+        assert f"continuing after {step} of 36 steps" in texts[name], name
+        assert same_weights(final(tmp_path / name), final(whole_run)), name
+        assert final(tmp_path / name)["rows"] == final(whole_run)["rows"], name
+    assert f"warning: {newest} is missing or damaged" in texts["damaged"]
+    (code, text), (other, words) = forks((MAINS[0], [*flags(data, tmp_path / "term"), "--resume=none.pt"]),
+                                         (MAINS[0], [*flags(data, tmp_path / "term"), "--blr=0.1"]))
+    assert code == 3 and "cannot resume from none.pt" in text
+    assert other == 2 and "another blr" in words
 
 def test_full_disk_loses_no_checkpoint(data, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -443,33 +501,34 @@ def test_two_processes_train_as_one(data, whole_run, tmp_path):
 
 def test_all_steps_of_the_ladder_train_the_same(data, whole_run, tmp_path):
     """Through their own loops, data and optimizers, from the command line."""
-    def losses(path):
-        call(path, *flags(data, tmp_path / path.stem))
-        return [row["train_loss"] for row in final(tmp_path / path.stem)["rows"]]
     wanted = [row["train_loss"] for row in final(whole_run)["rows"]]
-    for path, found in zip(MAINS[1:5], side_by_side(losses, MAINS[1:5]), strict=True):
+    whole(*((path, [*flags(data, tmp_path / path.stem), *["--no-compile"] * (path == MAINS[4])])
+            for path in MAINS[1:5]))
+    for path in MAINS[1:5]:
+        found = [row["train_loss"] for row in final(tmp_path / path.stem)["rows"]]
         assert found == pytest.approx(wanted, abs=5e-3), path.name
 
 def test_compiled_blocks_compute_the_same(data, tmp_path):
     """Two steps of main4, with and without torch.compile, which leaves its code in a folder."""
     def losses(name, *more):
         command = [sys.executable, MAINS[4], *flags(data, tmp_path / name), "--epochs=0.2", *more]
-        env = dict(ENV, TORCH_COMPILE_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / f"{name} code"))
+        env = dict(ENV, TORCH_COMPILE_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / f"{name}-code"))
         subprocess.run(command, env=env, check=True, capture_output=True)
         return [row["train_loss"] for row in final(tmp_path / name, 2)["rows"]]
     plain, compiled = side_by_side(losses, ("plain", "compiled"), ("--no-compile", "--seed=0"))
     assert compiled == pytest.approx(plain, abs=1e-4)
-    code = {name: list(tmp_path.glob(f"{name} code/**/*.so")) for name in ("plain", "compiled")}
+    code = {name: list(tmp_path.glob(f"{name}-code/**/*.so")) for name in ("plain", "compiled")}
     assert code["compiled"] and not code["plain"]
     assert json.loads((tmp_path / "compiled" / "o.jsonl").read_text())["compiled"]
 
 def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
-    text = call(MAINS[0], *flags(data, tmp_path), "--blr=1e9", "--warmup_epochs=0", code=1)
-    assert re.search(r"the loss is (nan|inf)", text)
+    (code, text), = forks((MAINS[0], [*flags(data, tmp_path), "--blr=1e9", "--warmup_epochs=0"]))
+    assert code == 1 and re.search(r"the loss is (nan|inf)", text)
 
 def test_wrong_flags(data, tmp_path):
-    for flag in ("--batch_size=0", "--mask_ratio=1", "--size=huge", "--epochs=-1", "--runs=0"):
-        call(MAINS[0], "--data", data, "--out", tmp_path / "o", flag, code=2)
+    wrong = "--batch_size=0", "--mask_ratio=1", "--size=huge", "--epochs=-1", "--runs=0"
+    for code, text in forks(*((MAINS[0], ["--data", data, "--out", tmp_path / "o", flag]) for flag in wrong)):
+        assert code == 2 and text.count("\n") == 1, text
 
 # ---------------------------------------------------------------------- tables
 def lines_of(path, file, data="cifar10"):
@@ -581,23 +640,42 @@ def saving_rows():
                          f"{mean_std(saved, 1, 100)} ({len(saved)})", machine(group[-1])])
     return rows
 
+def written(value):
+    """A hyperparameter as on the command line"""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+def spread(values):
+    """(mean, standard deviation, 0 of a single value, and both as text), without the interval that takes the
+    mean_std of test_smoke a fifth of a second"""
+    mean, std = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return mean, std, f"{mean:.1f}" + f" ± {std:.1f}" * (len(values) > 1)
+
+@functools.cache
+def quantile(df):
+    """That Student's t exceeds with a probability of 2.5 %"""
+    mean, std, (_, high), _ = BASE.statistics(range(df + 1), 0)
+    return (high - mean) / std * (df + 1) ** 0.5
+
+RUNS, LENGTH = dict(size="micro", batch_size=32, blr=4e-3), 1.0  # hyperparameters and epochs of the frontier
+
 def frontier():
     """{(script, epochs, flags): [(line, run)]} of CIFAR-10, from results/frontier.jsonl, in ladder order"""
     found = {}
     for path in MAINS[4:]:
-        normal = dict(hyp(path), size="micro", batch_size=128, blr=2e-3)
         for line in lines_of(path, "frontier"):
-            own = {name: value for name, value in line["hyp"].items() if normal[name] != value}
-            own = {name: value for name, value in own.items() if "epochs" not in name}
-            flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in own.items())
-            found.setdefault((path, line["hyp"]["epochs"], flags), []).extend(
-                (line, run) for run in line["runs"])
+            epochs = line["hyp"]["epochs"]
+            normal = dict(hyp(path), **RUNS, epochs=epochs, warmup_epochs=epochs / 10)
+            normal.update(save_epochs=line["hyp"]["save_epochs"])
+            own = {name: written(value) for name, value in line["hyp"].items()
+                   if written(normal[name]) != written(value)}
+            flags = " ".join(f"--{name}" + f" {value}" * (value != "True") for name, value in own.items())
+            found.setdefault((path, epochs, flags), []).extend((line, run) for run in line["runs"])
     return found
 
 def frontier_rows():
     """A row per setting: FLOPs and k-NN, and how far above main4, between its lengths, at as many FLOPs."""
-    rows = [["Script", "Epochs", "Flags", "PFLOPs", "20-NN % patch mean, centred", "runs",
-             "above main4 of as many PFLOPs", "Machine"]]
+    rows = [["Script", "Epochs", "Flags", "TFLOPs", "20-NN % patch mean, centred", "runs",
+             "above main4 of as many TFLOPs", "Machine"]]
     means = {key: [sum(values) / len(runs) for values in zip(
         *((line["pflops"], 100 * run["acc"]) for line, run in runs))] for key, runs in frontier().items()}
     control = sorted(mean for (path, _, flags), mean in means.items() if path == MAINS[4] and not flags)
@@ -605,11 +683,217 @@ def frontier_rows():
     for (path, epochs, flags), runs in frontier().items():
         scores, (cost, _), above = [100 * run["acc"] for _, run in runs], means[path, epochs, flags], ""
         if (flags or path != MAINS[4]) and costs[0] <= cost <= 1.001 * costs[-1]:
-            above = mean_std([score - np.interp(cost, costs, levels) for score in scores], 1)
-        rows.append([named(path, [line for line, _ in runs]), f"{epochs:g}", flags, f"{cost:.2f}",
-                     mean_std(scores, 1), str(len(scores)), above, machine(runs[-1][0])])
+            above = spread([score - np.interp(cost, costs, levels) for score in scores])[2]
+        rows.append([named(path, [line for line, _ in runs]), f"{epochs:g}", flags, f"{1000 * cost:.1f}",
+                     spread(scores)[2], str(len(scores)), above, machine(runs[-1][0])])
     return rows
 
+def frontier_svg():
+    """Picture of the table of settings: k-NN against FLOPs, numbered as in the list at its side."""
+    points = []  # name, script's number, TFLOPs, mean, std, whether it is a length of main4
+    for (path, epochs, flags), runs in frontier().items():
+        mean, std, _ = spread([100 * run["acc"] for _, run in runs])
+        cost, name = 1000 * sum(line["pflops"] for line, _ in runs) / len(runs), path.stem.split("_")[0]
+        name += f" {flags}" * bool(flags) + f", {epochs:g} epoch{'s' * (epochs != 1)}" * (epochs != LENGTH)
+        points.append((name, MAINS.index(path), cost, mean, std, path == MAINS[4] and not flags))
+    height, lines = max(500, 40 + 15 * len(points)), []
+    def write(x, y, text, more=""):
+        text = text.replace("<", "&lt;")
+        lines.append(f'<text x="{x:.1f}" y="{y:.1f}"{more}>{text}</text>')
+    def draw(x1, y1, x2, y2, colour, width=1.0):
+        lines.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" '
+                     f'stroke-width="{width}"/>')
+    def axis(values, start, end):
+        """(function from values to places, ticks)"""
+        low, high = min(values), max(values)
+        low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
+        step = 10 ** math.floor(math.log10(high - low))
+        step *= next(part for part in (0.2, 0.5, 1) if (high - low) / (step * part) <= 10)
+        ticks = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        return lambda value: start + (value - low) / (high - low) * (end - start), ticks
+    if points:
+        place_x, ticks_x = axis([point[2] for point in points], 60, 580)
+        place_y, ticks_y = axis([mean + side * std for *_, mean, std, _ in points for side in (-1, 1)],
+                                height - 90, 40)
+        for tick in ticks_x:
+            draw(place_x(tick), 40, place_x(tick), height - 90, "#ddd")
+            write(place_x(tick), height - 74, f"{tick:g}", ' text-anchor="middle"')
+        for tick in ticks_y:
+            draw(60, place_y(tick), 580, place_y(tick), "#ddd")
+            write(54, place_y(tick) + 4, f"{tick:g}", ' text-anchor="end"')
+        control = sorted(point[2:4] for point in points if point[5])
+        for one, two in zip(control, control[1:]):
+            draw(place_x(one[0]), place_y(one[1]), place_x(two[0]), place_y(two[1]), "#000", 1.5)
+    taken = [(place_x(point[2]), place_y(point[3])) for point in points]
+    for number, (name, script, cost, mean, std, is_control) in enumerate(points, 1):
+        colour = "#000" if is_control else f"hsl({47 * script % 360},80%,{34 + 8 * (script % 2)}%)"
+        x, y, row = place_x(cost), place_y(mean), 40 + 15 * (number - 1)
+        draw(x, place_y(mean - std), x, place_y(mean + std), colour)
+        lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+        spots = [(x + far * math.cos(turn / 8 * math.pi), y + far * math.sin(turn / 8 * math.pi))
+                 for far in (11, 18, 26, 36) for turn in range(16)]
+        room = [min(max(abs(a - c) / 13, abs(b - d) / 10) for c, d in taken) for a, b in spots]
+        spot = next((spot for spot, free in zip(spots, room) if free >= 1), spots[room.index(max(room))])
+        taken.append(spot)
+        math.dist(spot, (x, y)) > 12 and draw(x, y, *spot, "#bbb", 0.5)
+        write(spot[0], spot[1] + 4, str(number), f' text-anchor="middle" fill="{colour}"')
+        write(612, row + 4, str(number), f' text-anchor="end" fill="{colour}"')
+        write(620, row + 4, name)
+    points or write(60, 60, "Nothing was measured yet.")
+    write(60, 20, "20-NN %, patch mean, centred, against TFLOPs of a run (CIFAR-10, size micro, an epoch)")
+    write(60, height - 46, "FLOPs stand for time, as runs shared the machine. Bars: standard deviation")
+    write(60, height - 30, "over seeds. Black line: main4 with other numbers of epochs, the control of all.")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height}" font-family="sans-serif" '
+            f'font-size="11"><rect width="900" height="{height}" fill="#fff"/>\n' + "\n".join(lines)
+            + "\n</svg>\n")
+
+# ---------------------------------------------------------------------- questions
+CONTROL = "main4 of as many FLOPs"
+def rung(number, flags="", epochs=LENGTH):
+    """A setting of the table of accuracy against FLOPs"""
+    return f"main{number}", flags, epochs
+
+QUESTIONS = [  # what is asked, and pairs of settings: yes means that the first is better than the second
+    ("Do stages at several depths allow early freezing, against main4 of as many FLOPs? (O1, Q1)",
+     [(rung(5, f"--t_0 {t_0}"), CONTROL) for t_0 in (0.35, 0.5, 0.65)] + [(rung(5), CONTROL)]),
+    ("Does FreezeOut's learning rate per layer harm, so that others do better? (O2)",
+     [(other, rung(5)) for other in (rung(6), rung(5, "--not_scale_lr"), rung(5, "--non_layerwise_lr"))]),
+    ("Does training twice as long help? (O3)",
+     [(rung(4, epochs=epochs), rung(4, epochs=epochs / 2)) for epochs in (2.0, 1.0)]),
+    ("Do losses fall from fine to coarse stages, as 4 : 3 : 2 : 1? (O4)", "sizes"),
+    ("Are weights of 1/4, 1/3, 1/2, 1 from fine to coarse stages better than equal ones? And 1 / loss? (O5)",
+     [(rung(8, flags), rung(7)) for flags in ("", "--stage_weights equalised")]),  # main7 has equal ones
+    ("Is a constant learning rate with a short decay better than a cosine, without freezing? (O6, T7)",
+     [(rung(7, "--t_0 1"), rung(4))]),
+    ("Does freezing beat stopping early, as main4 of as many FLOPs does? (O7)",
+     [(rung(number), CONTROL) for number in range(5, 12)]),
+    ("Do runs still gain by their last quarter, without and with freezing, so that neither peaks early? (Q2)",
+     [(rung(number), rung(number, epochs=0.75)) for number in (4, 5)]),
+    ("Do other t_0 than 0.8 do better with one learning rate for all layers? (T1)",
+     [(rung(6, f"--t_0 {t_0}"), rung(6)) for t_0 in (0.6, 0.7, 0.9)] + [(rung(4), rung(6))]),
+    ("Does a stage on every block help? (T2)",
+     [(rung(9, flags), rung(8, flags)) for flags in ("", "--t_0 0.5")]),
+    ("Does another task for the finest stage help: pixels? (T3)", [(rung(13), rung(12))]),
+    ("Does a ramp of the weights from fine to coarse stages help? (T4)",
+     [(rung(8, "--stage_weights ramp"), rung(7))]),
+    ("Does self-distillation help? (T5)", [(rung(14), rung(13))]),
+    ("Does skipping layers at random help? (T6)", [(rung(15), rung(14))]),
+    ("Does freezing in fine-tuning, where it saves time, help? (T8)",
+     [(("finetune_freeze", ""), ("finetune", ""))]),
+    ("Do heads at several depths help fine-tuning? (T9)", [(("finetune_multi", ""), ("finetune", ""))]),
+    ("Does a higher mask ratio help? (T10)",
+     [(rung(4, f"--mask_ratio {ratio}"), rung(4)) for ratio in (0.85, 0.9)]),
+    ("Do masks that get harder with time help? (T11)", [(rung(16), rung(15))]),
+    ("Does another learning rate help the linear probe? (T12)",
+     [(("linprobe", f"--blr {blr}"), ("linprobe", "--blr 1")) for blr in (0.5, 2)]),
+    ("Are features better targets than HOG, and better inputs, too, than images? (T13)",
+     [(rung(11, flags), rung(11, "--latent off")) for flags in ("", "--latent both")]),
+    ("Do frozen features that are stored and used again, of one view of each image, help? (T13)",
+     [(rung(10, "--t_0 0.5 --views 1", 2.0), rung(9, "--t_0 0.5", 2.0))]),  # again in the second epoch
+    ("Does freezing by plasticity beat freezing by a schedule?",
+     [(rung(12, epochs=3.0), rung(11, epochs=3.0))]),  # the first plasticity is that of two epochs
+    ("Does a class token that trains to the end help, or a lower rate for lower layers in fine-tuning? (N1)",
+     [(rung(5, "--keep_graph"), rung(5)),
+      (("finetune", "--layer_decay 0.75"), ("finetune", "--layer_decay 1"))]),
+    ("Does a patch embedding that never freezes help, or no warm-up? (N2)",
+     [(rung(5, flags), rung(5)) for flags in ("--dont_freeze_pe", "--warmup_epochs 0")])]
+
+def scores(setting, found):
+    """({seed: 20-NN % of its last run}, mean TFLOPs or None) of a setting of a mainN"""
+    name, flags, epochs = setting
+    runs = found.get((MAINS[int(name[4:])], epochs, flags), [])
+    costs = [1000 * line["pflops"] for line, _ in runs]
+    return {run["seed"]: 100 * run["acc"] for _, run in runs}, sum(costs) / len(costs) if costs else None
+
+def control_scores(cost, found):
+    """{seed: 20-NN % of main4, between its lengths, at that many TFLOPs}"""
+    lengths = [scores((name.stem.split("_")[0], flags, epochs), found) for name, epochs, flags in found
+               if name == MAINS[4] and not flags]
+    lengths = sorted(lengths, key=lambda length: length[1])
+    costs = [length[1] for length in lengths]
+    if cost is None or not costs or not costs[0] <= cost <= 1.001 * costs[-1]:
+        return {}
+    seeds = set.intersection(*({*values} for values, _ in lengths))
+    return {seed: float(np.interp(cost, costs, [values[seed] for values, _ in lengths])) for seed in seeds}
+
+def downstream_scores(one, two):
+    """[({seed: %}, TFLOPs)] of both settings, of lines that agree in all else; most seeds, then latest"""
+    groups, (own, others) = {}, (dict(re.findall(r"--(\w+) (\S+)", flags)) for _, flags in (one, two))
+    lines = [[line for line in lines_of(HERE / f"{name}.py", name) if line["hyp"].get("pretrained") and all(
+        written(line["hyp"][key]) == value for key, value in wanted.items())]
+        for (name, _), wanted in ((one, own), (two, others))]
+    for line, other in ((line, other) for line in lines[0] for other in lines[1]):
+        shared = (line["hyp"].keys() & other["hyp"].keys()) - own.keys() - others.keys()
+        if all(line["hyp"][key] == other["hyp"][key] for key in shared):
+            key = json.dumps({key: line["hyp"][key] for key in sorted(shared)})
+            pair = groups.setdefault(key, [({}, 1000 * part["pflops"]) for part in (line, other)])
+            for (values, _), part in zip(pair, (line, other)):
+                values.update({run["seed"]: 100 * run["acc"] for run in part["runs"]})
+    return max(reversed(groups.values()), default=[({}, None)] * 2, key=lambda pair: len(
+        pair[0][0].keys() & pair[1][0].keys()))
+
+def compared(one, two, found):
+    """(points of the first setting above the second, seed by seed; a note on FLOPs where they differ)"""
+    if not one[0].startswith("main"):
+        (values, cost), (others, before) = downstream_scores(one, two)
+    else:
+        values, cost = scores(one, found)
+        others, before = (control_scores(cost, found), cost) if two == CONTROL else scores(two, found)
+    differ = cost and before and abs(cost / before - 1) > 0.005
+    note = f", {cost:.1f} against {before:.1f} TFLOPs" if differ else ""
+    note = ", no main4 of as many FLOPs" if values and not others and two == CONTROL else note
+    return [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())], note
+
+def verdict(points):
+    """Yes or no by the 95 % t-interval of the mean of paired differences"""
+    if not points:
+        return "not measured"
+    mean, std, _ = spread(points)
+    half = quantile(len(points) - 1) * std / len(points) ** 0.5 if len(points) > 1 else math.inf
+    if abs(mean) <= half:
+        return f"no difference shown at n = {len(points)}"
+    return f"{'yes' if mean > 0 else 'no'}: {mean:+.1f} points"
+
+def command_of(setting):
+    name, flags, epochs = (*setting, LENGTH)[:3]
+    path, = HERE.glob(f"{name}_*.py") if name.startswith("main") else [HERE / f"{name}.py"]
+    return " ".join(filter(None, (path.name, flags, "" if epochs == LENGTH else f"--epochs {epochs:g}")))
+
+def sizes_row():
+    """Commands, number and answer on the losses of main4's four stages at the end of its runs"""
+    runs = [run for _, run in frontier().get((MAINS[4], LENGTH, ""), [])]
+    losses = [[run["epochs"][-1][f"stage_{i}"] for i in range(1, 5)] for run in runs]
+    if not losses:
+        return "not measured", "not measured"
+    means = [sum(column) / len(losses) for column in zip(*losses)]
+    falling = "yes" if all(row == sorted(row, reverse=True) for row in losses) else "no"
+    ratio = " : ".join(f"{mean / means[-1]:.1f}" for mean in means)
+    return ", ".join(f"{mean:.4f}" for mean in means) + f" ({len(runs)})", f"{falling}: {ratio}"
+
+def questions_rows():
+    """A row per question: differences of paired runs, and what their 95 % intervals say."""
+    rows, found = [["Question", "Command", "Number (pairs)", "Answer"]], frontier()
+    for question, pairs in QUESTIONS:
+        if pairs == "sizes":
+            rows.append([question, f"`{command_of(rung(4))}`", *sizes_row()])
+            continue
+        firsts, seconds = ([*dict.fromkeys(part)] for part in zip(*pairs))
+        commands = ["; ".join(f"`{command_of(setting)}`" for setting in part if setting != CONTROL)
+                    for part in (firsts, seconds)]
+        numbers, answers = [], []
+        for one, two in pairs:
+            name, *own = command_of(one).split(" ", 1)
+            label = f"`{own[0] if own else one[0]}`: " if len(pairs) > 1 else ""
+            points, note = compared(one, two, found)
+            number = f"{spread(points)[2]} ({len(points)})" if points else "not measured"
+            numbers.append(label + number + note)
+            answers.append(label + verdict(points))
+        missing = all(answer.endswith("not measured") for answer in answers + numbers)
+        results = ["not measured"] * 2 if missing else ["; ".join(numbers), "; ".join(answers)]
+        rows.append([question, " against ".join(filter(None, commands)), *results])
+    return rows
+
+# ---------------------------------------------------------------------- runs and votes
 KINDS = "gap", "gap centred", "cls", "cls centred"
 
 def learning_rows():
@@ -675,19 +959,92 @@ def probes_rows():
                          mean_std([*accs.values()], 2, 100), str(len(accs)), against, machine(group[-1][0])])
     return rows
 
+def result_line(path, values, accs, tflops, file="frontier"):
+    """A line as a script writes it, of runs of seeds 0, 1 and so on"""
+    stages = {f"stage_{i}": 0.08 / i for i in range(1, 5)}
+    runs = [dict(acc=acc, seed=seed, epochs=[stages]) for seed, acc in enumerate(accs)]
+    return dict(file=f"{file}.jsonl", script=path.name, data="cifar10", dry_run=False, utc="", sha256="",
+                hyp=dict(hyp(path), **values), pflops=tflops / 1000, runs=runs, device="cpu", cpu="x",
+                cpu_threads=2, torch="y")
+
+def frontier_line(number, accs, tflops, epochs=LENGTH, **own):
+    values = dict(RUNS, epochs=epochs, warmup_epochs=epochs / 10)
+    return result_line(MAINS[number], dict(values, **own), accs, tflops)
+
+def tuning_line(name, accs, checkpoint="a", **own):
+    return result_line(HERE / f"{name}.py", dict(own, pretrained=checkpoint), accs, 5.0, name)
+
 def test_control_is_drawn_between_the_lengths_of_main4(monkeypatch):
-    def line(path, pflops, acc, **own):
-        values = dict(hyp(path), size="micro", batch_size=128, blr=2e-3, epochs=2 * pflops)
-        return dict(file="frontier.jsonl", script=path.name, data="cifar10", dry_run=False, utc="", sha256="",
-                    hyp=dict(values, **own), pflops=pflops, runs=[dict(acc=acc)], device="cpu", cpu="x",
-                    cpu_threads=2, torch="y")
-    lines = [line(MAINS[4], 2.0, 0.4), line(MAINS[4], 2.0, 0.42), line(MAINS[4], 4.0, 0.5),
-             line(MAINS[5], 3.0, 0.43, how_scale="linear"), line(MAINS[5], 5.0, 0.6)]
+    lines = [frontier_line(4, [0.4, 0.42], 20.0, 4.0), frontier_line(4, [0.5], 40.0, 8.0),
+             frontier_line(5, [0.43], 30.0, how_scale="linear"), frontier_line(5, [0.6], 50.0)]
     monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
     assert [row[1:7] for row in frontier_rows()[1:]] == [
-        ["4", "", "2.00", "41.0 ± 1.4", "2", ""], ["8", "", "4.00", "50.0", "1", ""],
-        ["6", "--how_scale linear", "3.00", "43.0", "1", "-2.5"], ["10", "", "5.00", "60.0", "1", ""]]
+        ["4", "", "20.0", "41.0 ± 1.4", "2", ""], ["8", "", "40.0", "50.0", "1", ""],
+        ["1", "--how_scale linear", "30.0", "43.0", "1", "-2.5"], ["1", "", "50.0", "60.0", "1", ""]]
+
+def test_every_question_of_the_notes_has_commands_that_exist():
+    tags = re.findall(r"[OQTN]\d+", " ".join(question for question, _ in QUESTIONS))
+    assert {*tags} == {f"{kind}{i}" for kind, last in zip("OQTN", (7, 2, 13, 2)) for i in range(1, last + 1)}
+    for setting in itertools.chain(*(pair for _, pairs in QUESTIONS if pairs != "sizes" for pair in pairs)):
+        if setting != CONTROL:
+            name, *wanted = command_of(setting).split()
+            load(HERE / name).flag_parser().parse_args(wanted)
+
+def test_questions_are_answered_by_intervals(monkeypatch):
+    """The 95 % interval of three pairs is the mean and 4.303 / 3 ** 0.5 standard deviations on each side."""
+    def answers(*lines):
+        monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: list(lines))
+        return {re.sub(r".*\((.*)\)$", r"\1", row[0]): row[2:] for row in questions_rows()[1:]}
+    assert {*itertools.chain(*answers().values())} == {"not measured"}
+    found = answers(
+        frontier_line(4, [0.40, 0.41, 0.42], 20.0), frontier_line(4, [0.30, 0.31, 0.32], 10.0, 0.5),
+        frontier_line(5, [0.37, 0.382, 0.388], 16.0), frontier_line(5, [0.33, 0.36, 0.33], 12.0, t_0=0.5),
+        frontier_line(5, [0.5] * 3, 9.0, t_0=0.35), frontier_line(5, [0.9], 30.0, warmup_epochs=0.0),
+        frontier_line(6, [0.36, 0.37, 0.376], 16.0), frontier_line(5, [0.1] * 3, 16.0, 4.0),
+        tuning_line("finetune", [0.5, 0.6, 0.7]), tuning_line("finetune", [0.1] * 3, "b"),
+        tuning_line("finetune_freeze", [0.52, 0.61]), tuning_line("finetune_freeze", [0.9], mixup=0.0),
+        tuning_line("linprobe", [0.5, 0.6, 0.7]), tuning_line("linprobe", [0.51, 0.6101, 0.71], blr=2.0))
+    assert found["O3"] == [
+        "`--epochs 2`: not measured; `main4`: 10.0 ± 0.0 (3), 20.0 against 10.0 TFLOPs",
+        "`--epochs 2`: not measured; `main4`: yes: +10.0 points"]
+    assert found["O1, Q1"] == [
+        "`--t_0 0.35`: not measured, no main4 of as many FLOPs; `--t_0 0.5`: 1.0 ± 2.0 (3); "
+        "`--t_0 0.65`: not measured; `main5`: 1.0 ± 0.2 (3)",
+        "`--t_0 0.35`: not measured; `--t_0 0.5`: no difference shown at n = 3; "
+        "`--t_0 0.65`: not measured; `main5`: yes: +1.0 points"]
+    assert found["O2"][0].startswith("`main6`: -1.1 ± 0.1 (3); `--not_scale_lr`: not measured")
+    assert found["O2"][1].startswith("`main6`: no: -1.1 points; ")
+    assert found["O4"] == ["0.0800, 0.0400, 0.0267, 0.0200 (3)", "yes: 4.0 : 2.0 : 1.3 : 1.0"]
+    assert found["N2"][0].endswith("; `--warmup_epochs 0`: 53.0 (1), 30.0 against 16.0 TFLOPs")
+    assert found["N2"][1].endswith("; `--warmup_epochs 0`: no difference shown at n = 1")
+    assert found["T8"] == ["1.5 ± 0.7 (2)", "no difference shown at n = 2"]
+    assert found["T12"][0] == "`--blr 0.5`: not measured; `--blr 2`: 1.0 ± 0.0 (3)"
+    for spread, wanted in ((0.40, "yes"), (0.405, "no difference")):  # half of it is 2.484 times that, of 1
+        points = [1 - spread, 1.0, 1 + spread]
+        assert verdict(points).startswith(wanted)
+        assert verdict([-part for part in points]).startswith(wanted.replace("yes", "no:"))
+
+def test_picture_of_the_frontier_is_that_of_the_results(monkeypatch):
+    assert FILES.keys() == {"frontier.svg"} and (HERE / "frontier.svg").read_text() == frontier_svg()
+    lines = [frontier_line(4, [0.4, 0.42], 20.0), frontier_line(4, [0.2, 0.3], 10.0, 2.0),
+             frontier_line(6, [0.35, 0.36], 15.0, t_0=0.6), frontier_line(6, [0.35, 0.36], 15.0, t_0=0.7)]
+    monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
+    root, space = xml.etree.ElementTree.fromstring(frontier_svg()), "{http://www.w3.org/2000/svg}"
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter(f"{space}circle")]
+    (x1, y1), (x2, y2), (x3, y3), other = dots  # in the order of the list: main4 twice, main6 twice
+    assert other == (x3, y3) and (x3 - x2) * 2 == pytest.approx(x1 - x2, abs=0.2)
+    assert (y3 - y2) / (y1 - y2) == pytest.approx((35.5 - 25) / (41 - 25), abs=0.01)
+    segments = [[float(part.get(key)) for key in "x1 y1 x2 y2".split()] for part in root.iter(f"{space}line")]
+    assert [x2, y2, x1, y1] in segments  # the control
+    bars = [abs(a[3] - a[1]) for a in segments if a[0] == a[2] == x2 and a[1] != 40]
+    assert bars[0] / (y2 - y1) == pytest.approx(2 * 5 * 2 ** 0.5 / 16, abs=0.01)
+    texts = [part.text for part in root.iter(f"{space}text")]
+    assert {"main4", "main4, 2 epochs", "main6 --t_0 0.6", "main6 --t_0 0.7"} <= {*texts}
+    places = [(float(part.get("x")), float(part.get("y"))) for part in root.iter(f"{space}text")
+              if part.text in [*"1234"] and float(part.get("x")) < 590]
+    assert len({*places}) == 4
 
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
     ladder=ladder_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows, freezing=freezing_rows,
-    saving=saving_rows, frontier=frontier_rows).items()}
+    saving=saving_rows, frontier=frontier_rows, questions=questions_rows).items()}
+FILES = {"frontier.svg": frontier_svg}
