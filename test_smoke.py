@@ -30,7 +30,7 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150}
 LINES = {  # of a script, 500 elsewhere
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
-    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders and captions
+    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
 
@@ -105,6 +105,8 @@ def test_copies_differ_only_where_the_header_says():
         differing = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
         differing = {name for name in differing if not name.startswith(("import ", "from "))}
         named = set(docstring(after)["Changes"].split())
+        if named == {"everything"} and not after.name.startswith("main"):
+            continue  # a script of another purpose
         assert differing == named, f"{after.name}: header and text differ in {sorted(differing ^ named)}"
         common = [name for name in old if name in new]
         assert common == [name for name in new if name in old], f"{after.name} moves a block"

@@ -195,7 +195,8 @@ def test_what_the_hypernetwork_predicts(pairs):
             torch.testing.assert_close(bias[place], whole_bias[:width] / whole_bias.norm())
             torch.testing.assert_close(scaled[place], flat / (width * 48) ** 0.5)
             torch.testing.assert_close(scaled_bias[place], whole_bias[:width] / width ** 0.5)
-    spread = torch.cat([made[INIT](i)[0].detach().flatten() * width ** 0.5 for i, (width, _) in enumerate(families)])
+    spread = torch.cat([made[INIT](i)[0].detach().flatten() * width ** 0.5
+                        for i, (width, _) in enumerate(families)])
     assert spread.std() * (48 / (24 + 48 + 64) * 3) ** 0.5 == pytest.approx(1, rel=0.15)
     model = made[BASIS]
     basis, offset = model.heads[0][-1].weight, model.heads[0][-1].bias
@@ -336,6 +337,7 @@ def test_bad_pairs(tmp_path, capsys, monkeypatch):
 
 def test_wrong_flags(tmp_path, capsys):
     flags = [(SEPARATE, flag) for flag in ("--steps=0", "--batch_size=-1", "--runs=0", "--encoders=nobody")]
+    flags += [(BATCHED, "--steps=2")]
     flags += [(EMBED, flag) for flag in ("--count=4", "--widths=96", "--widths=30,60,90", "--pairs=-1",
                                          "--features=x", "--zoo=NoNet_Weights.V1")]
     for module, flag in flags:
