@@ -1,7 +1,7 @@
 """main6_basis.py -- connectors from a frozen text encoder into the spaces of frozen image encoders.
 
 Adds: the last hidden layer has 32 values, so a connector is a mixture of 32; all widths train in every step
-Changes: HYP count_flops fit
+Changes: HYP Connectors count_flops fit
 Result: not measured
 Vs previous: not measured
 Source: HYMA (arXiv 2507.10015), whose heads are linear in their last hidden layer; written afresh.
@@ -44,6 +44,7 @@ HYP = dict(  # those of one value are flags, too, with the comments as help
     hidden=(128, 32),       # sizes of the layers of both heads before the last one
     bias_std=0.1,           # of predicted biases at the start, times that of mapped texts
     spare=1.0,              # of the rows that a head predicts, per row that the widest encoder takes
+    mixing=256.0,           # factor on the last hidden layer at the start, as AdamW moves 32 columns slowly
 )
 FULL = 595375  # pairs of LLaVA-CC3M-Pretrain-595K, for which the recipes were made
 
@@ -229,6 +230,8 @@ class Connectors(nn.Module):
             self.firsts, self.firsts[1:], self.width_code.weight)])
         width = sum(width for width, _ in self.families) / len(self.families)
         for head, std in zip(self.heads, (width ** 0.5, HYP["bias_std"])):
+            for p in head[-3].parameters():
+                p.mul_(HYP["mixing"])
             hidden = head[:-1](codes).square().sum(1).mean()
             nn.init.normal_(head[-1].weight).mul_(std * hidden.rsqrt())
             nn.init.zeros_(head[-1].bias)

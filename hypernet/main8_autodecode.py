@@ -49,6 +49,7 @@ HYP = dict(  # those of one value are flags, too, with the comments as help
     hidden=(128, 32),       # sizes of the layers of both heads before the last one
     bias_std=0.1,           # of predicted biases at the start, times that of mapped texts
     spare=1.0,              # of the rows that a head predicts, per row that the widest encoder takes
+    mixing=256.0,           # factor on the last hidden layer at the start, as AdamW moves 32 columns slowly
 )
 FULL = 595375  # pairs of LLaVA-CC3M-Pretrain-595K, for which the recipes were made
 
@@ -332,6 +333,8 @@ class Connectors(nn.Module):
             self.firsts, self.firsts[1:], self.width_code.weight)])
         width = sum(width for width, _ in self.families) / len(self.families)
         for head, std in zip(self.heads, (width ** 0.5, HYP["bias_std"])):
+            for p in head[-3].parameters():
+                p.mul_(HYP["mixing"])
             hidden = head[:-1](codes).square().sum(1).mean()
             nn.init.normal_(head[-1].weight).mul_(std * hidden.rsqrt())
             nn.init.zeros_(head[-1].bias)
