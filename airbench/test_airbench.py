@@ -33,12 +33,12 @@ def model_of(module, seed=0):
     module.reset(model, images(500))
     return model
 
-EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0]
-STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200]
-NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29]
-EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6, 290.6]
+EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0, 8.875]
+STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200, 222]
+NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29, 0.32]
+EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6, 290.6, 244.8]
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(12))
 def test_published_budget(number):
     module = main(number)
     assert module.HYP["epochs"] == EPOCHS[number]
@@ -188,6 +188,36 @@ def test_batches_from_buffers_equal_slow_crops(monkeypatch):
     both = mirrored[0].keys() & mirrored[1].keys()
     assert len(both) >= 46 and all(mirrored[0][n] != mirrored[1][n] for n in both)
     assert 0 < sum(mirrored[0].values()) < 48
+
+def test_sizes_grow_and_cost_what_their_maps_cost():
+    module = main(11)
+    assert [module.flags(epoch) for epoch in (0, 2, 3, 5, 6, 8)] == [
+        (True, 24), (True, 24), (False, 28), (False, 28), (False, 32), (False, 32)]
+    model = model_of(module).eval()
+    flops = {size: module.count_flops(model, False, size=size) for size in (24, 28, 32)}
+    assert [round(flops[size] / flops[32], 3) for size in (24, 28)] == [0.522, 0.755]
+    inputs = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model(inputs), model_of(main(10)).eval()(inputs), atol=1e-5)  # at 32 as before
+    for size, side in ((24, 2), (28, 3), (32, 3)):
+        maps = model.groups(F.gelu(model.stem(inputs[:, :, :size, :size])))
+        assert maps.shape[2:] == (side, side)
+        slow = model.head(torch.stack([each.flatten(1).amax(1) for each in maps])) / 256
+        assert torch.allclose(model(inputs[:, :, :size, :size]), slow, atol=1e-5)
+
+@pytest.mark.parametrize("size", [24, 28, 32])
+def test_resized_batches_equal_slow_ones(size, monkeypatch):
+    module, pixels = main(11), images(8)
+    monkeypatch.setitem(module.HYP, "batch_size", 8)
+    loader = module.CifarLoader(pixels)
+    loader.reset(pixels, torch.arange(8))
+    loader.shuffle()
+    whole, small = loader.next(32)[0], loader.next(size)[0]  # the second call starts the batches anew
+    places = ((torch.arange(size) + 0.5) * 32 / size - 0.5).clamp(0, 31)
+    low, share = places.floor().long(), places.frac()
+    def halfway(values):  # along the last axis
+        return values[..., low] * (1 - share) + values[..., (low + 1).clamp(max=31)] * share
+    slow = halfway(halfway(whole).transpose(2, 3)).transpose(2, 3)
+    assert torch.allclose(small, slow, atol=1e-5) and small.is_contiguous(memory_format=torch.channels_last)
 
 def test_crop_equals_slow_reference():
     padded = torch.randn(300, 3, 36, 36).contiguous(memory_format=torch.channels_last)
@@ -386,6 +416,7 @@ PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder rep
     "main3_scalebias.py": (5.5, 0.49), "main4_freeze.py": (5.2, 0.47), "main5_lookahead.py": (4.6, 0.42),
     "main6_tta.py": (4.3, 0.39), "main7_mirror.py": (3.9, 0.36), "main8_compile.py": (3.5, 0.36),
     "main9_muon.py": (2.59, 0.29), "main10_graph.py": (None, None),
+    "main11_resize.py": (None, None),
     "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
 
 def airbench_rows(mains, device):
