@@ -29,11 +29,12 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "vitfreeze/main12_autofreeze.py": 100, "vitfreeze/main15_layerdrop.py": 100,
     "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150,
     "airbench/main9_muon.py": 100,  # an optimizer comes, another one and its lookahead leave
-    "airbench/main10_graph.py": 140}  # data, crops and learning rates in buffers that stay in place
+    "airbench/main10_graph.py": 140,  # data, crops and learning rates in buffers that stay in place
+    "airbench/main14_augment.py": 70}  # a Triton kernel
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
-    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders and captions
+    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders, captions
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
 

@@ -1,8 +1,13 @@
-"""Checks of the ideas of this ladder, each against a slow or independent form of it."""
+"""Checks of the ideas of this ladder up to main8, each against a slow or independent form, and its tables.
+As a script it times training steps on this CPU for results/steps.jsonl."""
+import collections
+import contextlib
 import functools
+import io
 import math
 import pathlib
 import sys
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -33,12 +38,13 @@ def model_of(module, seed=0):
     module.reset(model, images(500))
     return model
 
-EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0, 8.875, 8.875, 8.875]
-STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200, 222, 222, 222]
-NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29, 0.32, 0.32, 0.32]
-EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6, 290.6, 244.8, 236.5, 236.5]
+EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0, 8.875, 8.875, 8.875, 8.875]
+STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200, 222, 222, 222, 222]
+NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29, 0.32, 0.32, 0.32, 0.32]
+EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6,
+            290.6, 244.8, 236.5, 236.5, 236.5]
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(15))
 def test_published_budget(number):
     module = main(number)
     assert module.HYP["epochs"] == EPOCHS[number]
@@ -93,148 +99,6 @@ def test_schedule(number, peak, end):
     assert (schedule(0, total), schedule(peak, total), schedule(total, total)) == (0.2, 1.0, end)
     assert max(schedule(step, total) for step in range(total)) == schedule(peak, total)
     assert schedule(peak // 2, total) == pytest.approx(0.2 + 0.8 * (peak // 2) / peak)
-
-def test_orthogonalize_keeps_singular_vectors():
-    torch.manual_seed(0)
-    for shape in ((6, 6), (5, 90), (64, 216)):
-        update = torch.randn(shape) * 1e3
-        u, s, v = torch.linalg.svd(update.double(), full_matrices=False)
-        s = s / s.norm()
-        for _ in range(3):
-            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
-        slow = u @ s.diag() @ v
-        assert (main(9).orthogonalize(update) - slow).abs().max() < (0.05 if BF16 else 1e-4)
-        assert 0.6 < s.min() and s.max() < 1.3
-    assert not main(9).orthogonalize(torch.zeros(3, 9)).any()
-
-def test_muon_against_the_recurrence():
-    module = main(9)
-    model = model_of(module)
-    optimizer = module.make_optimizer(model)
-    lrs = [group["lr"] for group in optimizer.param_groups]
-    assert lrs == [0.053, 0.053, 0.67, 0.24] and len(optimizer.param_groups[3]["params"]) == 6
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
-    slow = {name: p.detach().clone() for name, p in named.items()}
-    buffers = {name: torch.zeros_like(p) for name, p in slow.items()}
-    for _ in range(3):
-        for name, p in named.items():
-            p.grad = torch.randn_like(p)
-            conv, value = p.ndim == 4, slow[name]
-            lr = 0.24 if conv else 0.67 if name == "head.weight" else 0.053
-            grad = p.grad if conv else p.grad + 0.004 / lr * value
-            buffers[name] = (0.6 if conv else 0.85) * buffers[name] + grad
-            update = grad + (0.6 if conv else 0.85) * buffers[name]
-            if conv:
-                value = value * len(value) ** 0.5 / value.norm()
-                update = module.orthogonalize(update.flatten(1)).view_as(value)
-            slow[name] = value - lr * update
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, p in named.items():
-            assert torch.allclose(p, slow[name], atol=1e-4), name
-
-def test_stacks_give_the_same_updates_as_single_filters():
-    models = [model_of(main(number)) for number in (12, 13)]
-    models[1].load_state_dict(models[0].state_dict())  # whitened by other images
-    optimizers = [main(number).make_optimizer(model) for number, model in zip((12, 13), models)]
-    shapes = [p.shape for p in optimizers[1].param_groups[3]["params"]]
-    assert len(shapes) == 6 and len(set(shapes)) == 4
-    for optimizer in optimizers:
-        optimizer.reset([9] * 4)
-    for _ in range(2):
-        for p, q in zip(*(model.parameters() for model in models)):
-            p.grad = torch.randn_like(p) if p.requires_grad else None
-            q.grad = None if p.grad is None else p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q in zip(*(model.parameters() for model in models)):
-        assert torch.allclose(p, q, atol=0.02 if BF16 else 1e-5)
-
-def test_learning_rates_fall_to_zero():
-    schedule = main(9).schedule
-    assert [schedule(step, 200) for step in (0, 50, 200)] == [1, 0.75, 0]
-    assert schedule(75, 75) == schedule(99, 75) == schedule(0, 0) - 1 == 0
-    model = model_of(main(9))
-    assert model.head.weight.std().item() == pytest.approx(1, abs=1e-5) and model.stem.bias.any()
-
-def test_device_learning_rates_give_the_same_updates():
-    """main9 with a scheduler and main10 with tensors, on the same gradients, after a run and a reset."""
-    models = [model_of(main(number)) for number in (9, 10)]
-    optimizers = [main(number).make_optimizer(model) for number, model in zip((9, 10), models)]
-    falls = [2, 5, 5, 5]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers[0], [
-        lambda step, fall=fall: main(9).schedule(step, fall) for fall in falls])
-    for p in models[1].parameters():  # a run before leaves nothing behind
-        p.grad = torch.randn_like(p) if p.requires_grad else None
-    optimizers[1].step()
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers[1].reset(falls)
-    for step in range(3):
-        for p, q in zip(*(model.parameters() for model in models)):
-            p.grad = torch.randn_like(p) if p.requires_grad else None
-            q.grad = None if p.grad is None else p.grad.clone()
-        lrs = [group["lr"] for group in optimizers[0].param_groups]
-        for optimizer in optimizers:
-            optimizer.step()
-        assert [group["lr"].item() for group in optimizers[1].param_groups] == pytest.approx(lrs)
-        scheduler.step()
-    for p, q in zip(*(model.parameters() for model in models)):
-        assert torch.allclose(p, q, atol=1e-5)
-
-def test_batches_from_buffers_equal_slow_crops(monkeypatch):
-    module, pixels, labels = main(10), images(50), torch.arange(50)
-    monkeypatch.setitem(module.HYP, "batch_size", 16)
-    loader = module.CifarLoader(pixels)
-    loader.reset(pixels, labels)
-    padded = F.pad(module.normalize(pixels), [2] * 4, mode="reflect")
-    mirrored = [{}, {}]
-    for epoch in range(2):
-        loader.shuffle()
-        seen = []
-        for i in range(len(loader)):
-            inputs, found = loader.next()
-            assert inputs.is_contiguous(memory_format=torch.channels_last)
-            for j, (image, number) in enumerate(zip(inputs, found.tolist())):
-                own, y, x, flip = loader.draws[:, i, j].tolist()
-                window = padded[number, :, y:y + 32, x:x + 32]
-                assert own == number and torch.equal(image, window.flip(-1) if flip else window)
-                mirrored[epoch][number] = flip
-            seen += found.tolist()
-        assert len(set(seen)) == len(seen) == 48
-    both = mirrored[0].keys() & mirrored[1].keys()
-    assert len(both) >= 46 and all(mirrored[0][n] != mirrored[1][n] for n in both)
-    assert 0 < sum(mirrored[0].values()) < 48
-
-def test_sizes_grow_and_cost_what_their_maps_cost():
-    module = main(11)
-    assert [module.flags(epoch) for epoch in (0, 2, 3, 5, 6, 8)] == [
-        (True, 24), (True, 24), (False, 28), (False, 28), (False, 32), (False, 32)]
-    model = model_of(module).eval()
-    flops = {size: module.count_flops(model, False, size=size) for size in (24, 28, 32)}
-    assert [round(flops[size] / flops[32], 3) for size in (24, 28)] == [0.522, 0.755]
-    inputs = torch.randn(2, 3, 32, 32)
-    assert torch.allclose(model(inputs), model_of(main(10)).eval()(inputs), atol=1e-5)  # at 32 as before
-    for size, side in ((24, 2), (28, 3), (32, 3)):
-        maps = model.groups(F.gelu(model.stem(inputs[:, :, :size, :size])))
-        assert maps.shape[2:] == (side, side)
-        slow = model.head(torch.stack([each.flatten(1).amax(1) for each in maps])) / 256
-        assert torch.allclose(model(inputs[:, :, :size, :size]), slow, atol=1e-5)
-
-@pytest.mark.parametrize("size", [24, 28, 32])
-def test_resized_batches_equal_slow_ones(size, monkeypatch):
-    module, pixels = main(11), images(8)
-    monkeypatch.setitem(module.HYP, "batch_size", 8)
-    loader = module.CifarLoader(pixels)
-    loader.reset(pixels, torch.arange(8))
-    loader.shuffle()
-    whole, small = loader.next(32)[0], loader.next(size)[0]  # the second call starts the batches anew
-    places = ((torch.arange(size) + 0.5) * 32 / size - 0.5).clamp(0, 31)
-    low, share = places.floor().long(), places.frac()
-    def halfway(values):  # along the last axis
-        return values[..., low] * (1 - share) + values[..., (low + 1).clamp(max=31)] * share
-    slow = halfway(halfway(whole).transpose(2, 3)).transpose(2, 3)
-    assert torch.allclose(small, slow, atol=1e-5) and small.is_contiguous(memory_format=torch.channels_last)
 
 def test_crop_equals_slow_reference():
     padded = torch.randn(300, 3, 36, 36).contiguous(memory_format=torch.channels_last)
@@ -361,24 +225,6 @@ def test_evaluate_counts_every_image_once(monkeypatch):
     labels[:10] = (labels[:10] + 1) % 10
     assert module.evaluate(model, pixels, labels, views=1) == 0.75
 
-def test_only_uncertain_images_are_seen_again(monkeypatch):
-    module, pixels = main(12), images(40)
-    monkeypatch.setitem(module.HYP, "eval_batch_size", 7)
-    model, inputs = model_of(module).eval(), module.normalize(pixels)
-    with torch.no_grad():
-        model.head.weight *= 30  # or else all are as uncertain as each other
-        plain, six = (module.infer(model, inputs, views) for views in (1, 6))
-        top = plain.softmax(1).amax(1)
-        bound = top.sort().values[9]
-        slow = [(six if top[i] <= bound else plain)[i].argmax().item() for i in range(40)]
-    wrong = torch.tensor(slow) + torch.arange(40) % 2  # so that the accuracy is a half with these alone
-    for share, labels, acc in ((0.25, torch.tensor(slow), 1.0), (0.25, wrong % 10, 0.5),
-                               (1.0, six.argmax(1), 1.0), (0.0, plain.argmax(1), 1.0)):
-        monkeypatch.setitem(module.HYP, "tta_share", share)
-        assert module.evaluate(model, pixels, labels, 6) == acc
-    assert module.evaluate(model, pixels, plain.argmax(1), 1) == 1
-    assert (six.argmax(1) != plain.argmax(1)).any()
-
 def test_random_squares():
     for name, size in (("train_resnet18", 12), ("hlb_cifar10", 3)):
         mask = baseline(name).random_squares(torch.zeros(200, 3, 32, 32), size)
@@ -452,7 +298,7 @@ PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder rep
     "main6_tta.py": (4.3, 0.39), "main7_mirror.py": (3.9, 0.36), "main8_compile.py": (3.5, 0.36),
     "main9_muon.py": (2.59, 0.29), "main10_graph.py": (None, None),
     "main11_resize.py": (None, None), "main12_select.py": (None, None),
-    "main13_lean.py": (None, None),
+    "main13_lean.py": (None, None), "main14_augment.py": (None, None),
     "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
 
 def airbench_rows(mains, device):
@@ -478,7 +324,7 @@ def airbench_rows(mains, device):
             rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
                          f"{hyp(path)['epochs']:.1f}", *measured, f"{nominal:.2f}", f"{executed:.2f}",
                          "+{} -{}".format(*changed_lines(before, path)) if before else "",
-                         *("" if figure is None else f"{figure:.2f}".removesuffix("0") for figure in published),
+                         *(["", ""] if published[0] is None else [str(published[0]), f"{published[1]:.2f}"]),
                          head["Source"].removesuffix("; written afresh.")])
     return rows
 
@@ -503,9 +349,112 @@ def airbench_short():
             rows.append([f"`{path.name}`"] + ["not measured"] * 4)
     return rows
 
+RECORDS = [  # as published, on one A100, at 94 %
+    ("2024-02", "Keller Jordan, airbench ablations", 3.5, "94.02 (700)", "making the model, validation"),
+    ("2024-04", "Keller Jordan, airbench94_compiled", 3.29, "94.01 (1000)", "making the model, validation"),
+    ("2024-11", "Keller Jordan, airbench94_muon", 2.59, "94.01 (200)", "resetting the weights, validation"),
+    ("2025-10", "hiverge/cifar10-speedrun", 1.98, "94.02", "resetting the weights (the GPU spins first)"),
+    ("2026-07", "fulcrumresearch/cifar-10-speedrun", 1.828, "94.046 (200)", "the final evaluation")]
+
+def record_rows():
+    """The published records, main8 and the last script of this ladder."""
+    lines = read_results("airbench")
+    rows = [["Date", "By", "Seconds", "Accuracy % (n)", "Device", "Not timed, besides reading and compiling"]]
+    rows += [[date, by, f"{seconds} (published)", accuracy, "A100", left]
+             for date, by, seconds, accuracy, left in RECORDS]
+    for path in (MAINS[8], MAINS[max(MAINS)]):
+        for device in ("cuda", "cpu"):
+            found, seconds, accuracy, name = pool(lines, path, device), *["not measured"] * 2, device
+            if found:
+                seconds, name = mean_std(found["times"], 2), machine(found)
+                accuracy = f"{mean_std(found['accs'], 2, 100)} ({found['n']}){found['mark']}"
+            rows.append(["", f"`{path.name}`", seconds, accuracy, name, "validation after each epoch"])
+    return rows
+
+def phases(module):
+    """{(whether the stem trains, pixels of a side or None): share of the epochs of a run}"""
+    shares = {}
+    for epoch in range(math.ceil(module.HYP["epochs"])):
+        live, size = epoch < module.HYP["whiten_bias_epochs"], None
+        if "sizes" in module.HYP:
+            live, size = module.flags(epoch)
+        part = min(1, module.HYP["epochs"] - epoch) / module.HYP["epochs"]
+        shares[live, size] = shares.get((live, size), 0) + part
+    return shares
+
+def measure_steps(out, batch_size=250, batches=2, rounds=3):
+    """Time the steps of main8 and the last script in turns on this CPU, uncompiled, on synthetic images, and
+    append JSON lines: of each round the CPU seconds per image, at last the share of each operator in them."""
+    train_set, test_set = (main(0).draw_synthetic(n, seed=n) for n in (batch_size * batches, 10))
+    for round_ in range(-1, rounds + 1):  # the first warms up, the last is for the operators
+        for number in (8, max(MAINS)):
+            module, seconds, operators = main(number), 0, collections.Counter()
+            hyp_, model = dict(module.HYP), module.make_model(CPU)
+            for (live, size), share in phases(module).items():
+                module.HYP.update(batch_size=batch_size, epochs=1.0, whiten_bias_epochs=int(live))
+                module.HYP.update({"sizes": ((0, size),)} if "sizes" in hyp_ else {})
+                first = (module.Step(model, train_set), train_set) if number > 9 else (model, train_set)
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+                    profiler = round_ == rounds and stack.enter_context(torch.profiler.profile())
+                    start = time.process_time()  # of this process, whatever else runs
+                    module.train(*first, test_set, run=0, seed=0)
+                    seconds += share * (time.process_time() - start) / len(train_set["labels"])
+                module.HYP.update(hyp_)
+                for event in profiler.key_averages() if profiler else ():
+                    operators[event.key] += share * event.self_cpu_time_total / 1e6 / len(train_set["labels"])
+            line = dict(script=MAINS[number].name, data="synthetic", device="cpu", round=round_,
+                        batch_size=batch_size, sha256=module.SHA256, **module.environment(CPU))
+            line.update(operators=dict(operators.most_common(12))) if profiler else line.update(
+                seconds_per_image=seconds, peak_tflops=module.peak_flops(CPU) / 1e12)
+            round_ < 0 or module.append_line(out, line)
+
+def step_lines(kind):
+    """{number of the script: its lines of results/steps.jsonl with that kind of figure}"""
+    lines = [line for line in read_results("airbench") if line["file"] == "steps.jsonl" and kind in line]
+    return {number: [line for line in lines if line["script"] == path.name] for number, path in MAINS.items()}
+
+def step_rows():
+    """CPU time of a training step per image, of main8 and the last script, and the ratio of whole runs."""
+    rows = [["Script", "CPU ms per image (rounds)", "Images of a run", "Share of main8's time, by round",
+             "MFU %", "Machine"]]
+    found = step_lines("seconds_per_image")
+    for number in (8, max(MAINS)):
+        lines, base, module = found[number], found[8], main(number)
+        steps = math.ceil(module.HYP["epochs"] * (50000 // module.HYP["batch_size"]))
+        count = steps * module.HYP["batch_size"]
+        if not lines:
+            rows.append([f"`{MAINS[number].name}`", "not measured", str(count), *["not measured"] * 3])
+            continue
+        views = module.HYP["tta_views"] * module.HYP.get("tta_share", 1) + ("tta_share" in module.HYP)
+        flops = pflops(MAINS[number])[1] * 1e15 - 10000 * views * 236.295e6
+        ms = [1000 * line["seconds_per_image"] for line in lines]
+        rates = [flops / count / line["seconds_per_image"] / line["peak_tflops"] / 1e10 for line in lines]
+        ratios = [line["seconds_per_image"] * count / other["seconds_per_image"] / (476 * 1024)
+                  for line, other in zip(lines, base)]
+        rows.append([f"`{MAINS[number].name}`", f"{mean_std(ms, 2)} ({len(ms)})", str(count),
+                     mean_std(ratios, 2), mean_std(rates, 0), machine(lines[-1])])
+    return rows
+
+def operator_rows():
+    """The operators that take most of a training step on a CPU, main8 beside the last script."""
+    found = [step_lines("operators")[number][-1:] for number in (8, max(MAINS))]
+    shares = [{name: value / sum(line["operators"].values()) for name, value in line["operators"].items()}
+              for lines in found for line in lines]
+    if len(shares) < 2:
+        return [["Operator", "Share %"], ["not measured", "not measured"]]
+    names = sorted(shares[1], key=shares[1].get, reverse=True)[:10]
+    return [["Operator", "main8 %", f"main{max(MAINS)} %"]] + [
+        [f"`{name}`", *(f"{100 * share.get(name, 0):.1f}" for share in shares)] for name in names]
+
 TABLES = {
     "ladder, GPU": lambda: markdown(airbench_rows(True, "cuda")),
     "baselines, GPU": lambda: markdown(airbench_rows(False, "cuda")),
     "ladder, CPU": lambda: markdown(airbench_rows(True, "cpu")),
     "baselines, CPU": lambda: markdown(airbench_rows(False, "cpu")),
-    "two epochs": lambda: markdown(airbench_short())}
+    "two epochs": lambda: markdown(airbench_short()),
+    "records": lambda: markdown(record_rows()),
+    "steps, CPU": lambda: markdown(step_rows()),
+    "operators, CPU": lambda: markdown(operator_rows())}
+
+if __name__ == "__main__":
+    measure_steps(HERE / "results" / "steps.jsonl")
