@@ -34,7 +34,7 @@ BUDGETS = {  # changed lines; 60 elsewhere
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
-    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders, captions
+    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
 
