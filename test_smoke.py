@@ -27,8 +27,12 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
     "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 150, "vitfreeze/main11_latent.py": 150,
     "vitfreeze/main12_autofreeze.py": 100, "vitfreeze/main15_layerdrop.py": 100,
-    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150}
+    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150,
+    "airbench/main9_muon.py": 100,  # an optimizer comes, another one and its lookahead leave
+    "airbench/main10_graph.py": 140,  # data, crops and learning rates in buffers that stay in place
+    "airbench/main14_augment.py": 70}  # a Triton kernel
 LINES = {  # of a script, 500 elsewhere
+    "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",

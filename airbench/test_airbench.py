@@ -1,8 +1,13 @@
-"""Checks of the ideas of this ladder, each against a slow or independent form of it."""
+"""Checks of the ideas of this ladder up to main8, each against a slow or independent form, and its tables.
+As a script it times training steps on this CPU for results/steps.jsonl."""
+import collections
+import contextlib
 import functools
+import io
 import math
 import pathlib
 import sys
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -15,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 CPU = torch.device("cpu")
-MAINS = {int(path.name[4]): path for _, path in scripts("airbench") if path.name.startswith("main")}
+BF16 = "bf16" in pathlib.Path("/proc/cpuinfo").read_text()  # then matrix products are rounded to it
+MAINS = {int(path.stem.split("_")[0][4:]): path for _, path in scripts("airbench") if path.name[:4] == "main"}
 
 def main(number):
     return load(MAINS[number])
@@ -32,12 +38,13 @@ def model_of(module, seed=0):
     module.reset(model, images(500))
     return model
 
-EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9]
-STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476]
-NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36]
-EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1]
+EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0, 8.875, 8.875, 8.875, 8.875]
+STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200, 222, 222, 222, 222]
+NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29, 0.32, 0.32, 0.32, 0.32]
+EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6,
+            290.6, 244.8, 236.5, 236.5, 236.5]
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(15))
 def test_published_budget(number):
     module = main(number)
     assert module.HYP["epochs"] == EPOCHS[number]
@@ -289,6 +296,9 @@ PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder rep
     "main0_network.py": (14.5, 1.26), "main1_whiten.py": (8.6, 0.76), "main2_dirac.py": (7.3, 0.65),
     "main3_scalebias.py": (5.5, 0.49), "main4_freeze.py": (5.2, 0.47), "main5_lookahead.py": (4.6, 0.42),
     "main6_tta.py": (4.3, 0.39), "main7_mirror.py": (3.9, 0.36), "main8_compile.py": (3.5, 0.36),
+    "main9_muon.py": (2.59, 0.29), "main10_graph.py": (None, None),
+    "main11_resize.py": (None, None), "main12_select.py": (None, None),
+    "main13_lean.py": (None, None), "main14_augment.py": (None, None),
     "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
 
 def airbench_rows(mains, device):
@@ -313,8 +323,9 @@ def airbench_rows(mains, device):
                             f"{share:.1f}", f"{result['peak_mib']:.0f}", name]
             rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
                          f"{hyp(path)['epochs']:.1f}", *measured, f"{nominal:.2f}", f"{executed:.2f}",
-                         "+{} -{}".format(*changed_lines(before, path)) if before else "", str(published[0]),
-                         f"{published[1]:.2f}", head["Source"].removesuffix("; written afresh.")])
+                         "+{} -{}".format(*changed_lines(before, path)) if before else "",
+                         *(["", ""] if published[0] is None else [str(published[0]), f"{published[1]:.2f}"]),
+                         head["Source"].removesuffix("; written afresh.")])
     return rows
 
 @functools.cache
@@ -338,9 +349,114 @@ def airbench_short():
             rows.append([f"`{path.name}`"] + ["not measured"] * 4)
     return rows
 
+RECORDS = [  # as published, on one A100, at 94 %
+    ("2024-02", "Keller Jordan, airbench ablations", 3.5, "94.02 (700)", "making the model, validation"),
+    ("2024-04", "Keller Jordan, airbench94_compiled", 3.29, "94.01 (1000)", "making the model, validation"),
+    ("2024-11", "Keller Jordan, airbench94_muon", 2.59, "94.01 (200)", "resetting the weights, validation"),
+    ("2025-10", "hiverge/cifar10-speedrun", 1.98, "94.02", "resetting the weights (the GPU spins first)"),
+    ("2026-07", "fulcrumresearch/cifar-10-speedrun", 1.828, "94.046 (200)", "the final evaluation")]
+
+def record_rows():
+    """The published records, main8 and the last script of this ladder."""
+    lines = read_results("airbench")
+    rows = [["Date", "By", "Seconds", "Accuracy % (n)", "Device", "Not timed, besides reading and compiling"]]
+    rows += [[date, by, f"{seconds} (published)", accuracy, "A100", left]
+             for date, by, seconds, accuracy, left in RECORDS]
+    for path in (MAINS[8], MAINS[max(MAINS)]):
+        for device in ("cuda", "cpu"):
+            found, seconds, accuracy, name = pool(lines, path, device), *["not measured"] * 2, device
+            if found:
+                seconds, name = mean_std(found["times"], 2), machine(found)
+                accuracy = f"{mean_std(found['accs'], 2, 100)} ({found['n']}){found['mark']}"
+            rows.append(["", f"`{path.name}`", seconds, accuracy, name, "validation after each epoch"])
+    return rows
+
+def phases(module):
+    """{(whether the stem trains, pixels of a side or None): share of the epochs of a run}"""
+    shares = {}
+    for epoch in range(math.ceil(module.HYP["epochs"])):
+        live, size = epoch < module.HYP["whiten_bias_epochs"], None
+        if "sizes" in module.HYP:
+            live, size = module.flags(epoch)
+        part = min(1, module.HYP["epochs"] - epoch) / module.HYP["epochs"]
+        shares[live, size] = shares.get((live, size), 0) + part
+    return shares
+
+def measure_steps(out, batch_size=250, batches=1, rounds=2):
+    """Time the steps of main8 and the last script in turns on this CPU, uncompiled, on synthetic images, and
+    append JSON lines: of each round the CPU seconds per image, at last the share of each operator in them."""
+    train_set = main(0).draw_synthetic(batch_size * batches, seed=0)
+    for round_ in range(-1, rounds + 1):  # the first warms up, the last is for the operators
+        for number in (8, max(MAINS)):
+            module, seconds, operators = main(number), 0, collections.Counter()
+            hyp_, model, evaluate = dict(module.HYP), module.make_model(CPU), module.evaluate
+            module.evaluate = lambda *_, **__: 0.0  # training alone is timed
+            for (live, size), share in phases(module).items():
+                module.HYP.update(batch_size=batch_size, epochs=1.0, whiten_bias_epochs=int(live))
+                module.HYP.update({"sizes": ((0, size),)} if "sizes" in hyp_ else {})
+                first = (module.Step(model, train_set), train_set) if number > 9 else (model, train_set)
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+                    profiler = round_ == rounds and stack.enter_context(torch.profiler.profile())
+                    start = time.process_time()  # of this process, whatever else runs
+                    module.train(*first, {}, run=0, seed=0)
+                    seconds += share * (time.process_time() - start) / len(train_set["labels"])
+                module.HYP.update(hyp_)
+                for event in profiler.key_averages() if profiler else ():
+                    operators[event.key] += share * event.self_cpu_time_total / 1e6 / len(train_set["labels"])
+            module.evaluate = evaluate
+            line = dict(script=MAINS[number].name, data="synthetic", device="cpu", round=round_,
+                        batch_size=batch_size, sha256=module.SHA256, **module.environment(CPU))
+            line.update(operators=dict(operators.most_common(12))) if profiler else line.update(
+                seconds_per_image=seconds, peak_tflops=module.peak_flops(CPU) / 1e12)
+            round_ < 0 or module.append_line(out, line)
+
+def step_lines(kind):
+    """{number of the script: its lines of results/steps.jsonl with that kind of figure}"""
+    lines = [line for line in read_results("airbench") if line["file"] == "steps.jsonl" and kind in line]
+    return {number: [line for line in lines if line["script"] == path.name] for number, path in MAINS.items()}
+
+def step_rows():
+    """CPU time of a training step per image, of main8 and the last script, and the ratio of whole runs."""
+    rows = [["Script", "CPU ms per image (rounds)", "Images of a run", "Share of main8's time, by round",
+             "MFU %", "Machine"]]
+    found = step_lines("seconds_per_image")
+    for number in (8, max(MAINS)):
+        lines, base, module = found[number], found[8], main(number)
+        steps = math.ceil(module.HYP["epochs"] * (50000 // module.HYP["batch_size"]))
+        count = steps * module.HYP["batch_size"]
+        if not lines:
+            rows.append([f"`{MAINS[number].name}`", "not measured", str(count), *["not measured"] * 3])
+            continue
+        views = module.HYP["tta_views"] * module.HYP.get("tta_share", 1) + ("tta_share" in module.HYP)
+        flops = pflops(MAINS[number])[1] * 1e15 - 10000 * views * 236.295e6
+        ms = [1000 * line["seconds_per_image"] for line in lines]
+        rates = [flops / count / line["seconds_per_image"] / line["peak_tflops"] / 1e10 for line in lines]
+        ratios = [line["seconds_per_image"] * count / other["seconds_per_image"] / (476 * 1024)
+                  for line, other in zip(lines, base)]
+        rows.append([f"`{MAINS[number].name}`", f"{mean_std(ms, 2)} ({len(ms)})", str(count),
+                     mean_std(ratios, 2), mean_std(rates, 0), machine(lines[-1])])
+    return rows
+
+def operator_rows():
+    """The operators that take most of a training step on a CPU, main8 beside the last script."""
+    found = [step_lines("operators")[number][-1:] for number in (8, max(MAINS))]
+    shares = [{name: value / sum(line["operators"].values()) for name, value in line["operators"].items()}
+              for lines in found for line in lines]
+    if len(shares) < 2:
+        return [["Operator", "Share %"], ["not measured", "not measured"]]
+    names = sorted(shares[1], key=shares[1].get, reverse=True)[:10]
+    return [["Operator", "main8 %", f"main{max(MAINS)} %"]] + [
+        [f"`{name}`", *(f"{100 * share.get(name, 0):.1f}" for share in shares)] for name in names]
+
 TABLES = {
     "ladder, GPU": lambda: markdown(airbench_rows(True, "cuda")),
     "baselines, GPU": lambda: markdown(airbench_rows(False, "cuda")),
     "ladder, CPU": lambda: markdown(airbench_rows(True, "cpu")),
     "baselines, CPU": lambda: markdown(airbench_rows(False, "cpu")),
-    "two epochs": lambda: markdown(airbench_short())}
+    "two epochs": lambda: markdown(airbench_short()),
+    "records": lambda: markdown(record_rows()),
+    "steps, CPU": lambda: markdown(step_rows()),
+    "operators, CPU": lambda: markdown(operator_rows())}
+
+if __name__ == "__main__":
+    measure_steps(HERE / "results" / "steps.jsonl")

@@ -1,0 +1,211 @@
+"""Checks of the steps past the ablation, from main9 on, each against a slow or independent form of it."""
+import subprocess
+import sys
+
+from test_airbench import BF16, MAINS, images, main, model_of
+from test_smoke import ENV
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+def test_orthogonalize_keeps_singular_vectors():
+    torch.manual_seed(0)
+    for shape in ((6, 6), (5, 90), (64, 216)):
+        update = torch.randn(shape) * 1e3
+        u, s, v = torch.linalg.svd(update.double(), full_matrices=False)
+        s = s / s.norm()
+        for _ in range(3):
+            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        slow = u @ s.diag() @ v
+        assert (main(9).orthogonalize(update) - slow).abs().max() < (0.05 if BF16 else 1e-4)
+        assert 0.6 < s.min() and s.max() < 1.3
+    assert not main(9).orthogonalize(torch.zeros(3, 9)).any()
+
+def test_muon_against_the_recurrence():
+    module = main(9)
+    model = model_of(module)
+    optimizer = module.make_optimizer(model)
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    assert lrs == [0.053, 0.053, 0.67, 0.24] and len(optimizer.param_groups[3]["params"]) == 6
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+    slow = {name: p.detach().clone() for name, p in named.items()}
+    buffers = {name: torch.zeros_like(p) for name, p in slow.items()}
+    for _ in range(3):
+        for name, p in named.items():
+            p.grad = torch.randn_like(p)
+            conv, value = p.ndim == 4, slow[name]
+            lr = 0.24 if conv else 0.67 if name == "head.weight" else 0.053
+            grad = p.grad if conv else p.grad + 0.004 / lr * value
+            buffers[name] = (0.6 if conv else 0.85) * buffers[name] + grad
+            update = grad + (0.6 if conv else 0.85) * buffers[name]
+            if conv:
+                value = value * len(value) ** 0.5 / value.norm()
+                update = module.orthogonalize(update.flatten(1)).view_as(value)
+            slow[name] = value - lr * update
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in named.items():
+            assert torch.allclose(p, slow[name], atol=1e-4), name
+
+def test_stacks_give_the_same_updates_as_single_filters():
+    models = [model_of(main(number)) for number in (12, 13)]
+    models[1].load_state_dict(models[0].state_dict())  # whitened by other images
+    optimizers = [main(number).make_optimizer(model) for number, model in zip((12, 13), models)]
+    shapes = [p.shape for p in optimizers[1].param_groups[3]["params"]]
+    assert len(shapes) == 6 and len(set(shapes)) == 4
+    for optimizer in optimizers:
+        optimizer.reset([9] * 4)
+    for _ in range(2):
+        for p, q in zip(*(model.parameters() for model in models)):
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(p, q, atol=0.02 if BF16 else 1e-5)
+
+def test_learning_rates_fall_to_zero():
+    schedule = main(9).schedule
+    assert [schedule(step, 200) for step in (0, 50, 200)] == [1, 0.75, 0]
+    assert schedule(75, 75) == schedule(99, 75) == schedule(0, 0) - 1 == 0
+    model = model_of(main(9))
+    assert model.head.weight.std().item() == pytest.approx(1, abs=1e-5) and model.stem.bias.any()
+
+def test_device_learning_rates_give_the_same_updates():
+    """main9 with a scheduler and main10 with tensors, on the same gradients, after a run and a reset."""
+    models = [model_of(main(number)) for number in (9, 10)]
+    optimizers = [main(number).make_optimizer(model) for number, model in zip((9, 10), models)]
+    falls = [2, 5, 5, 5]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers[0], [
+        lambda step, fall=fall: main(9).schedule(step, fall) for fall in falls])
+    for p in models[1].parameters():  # a run before leaves nothing behind
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizers[1].step()
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].reset(falls)
+    for step in range(3):
+        for p, q in zip(*(model.parameters() for model in models)):
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        lrs = [group["lr"] for group in optimizers[0].param_groups]
+        for optimizer in optimizers:
+            optimizer.step()
+        assert [group["lr"].item() for group in optimizers[1].param_groups] == pytest.approx(lrs)
+        scheduler.step()
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(p, q, atol=1e-5)
+
+def test_batches_from_buffers_equal_slow_crops(monkeypatch):
+    module, pixels, labels = main(10), images(50), torch.arange(50)
+    monkeypatch.setitem(module.HYP, "batch_size", 16)
+    loader = module.CifarLoader(pixels)
+    loader.reset(pixels, labels)
+    padded = F.pad(module.normalize(pixels), [2] * 4, mode="reflect")
+    mirrored = [{}, {}]
+    for epoch in range(2):
+        loader.shuffle()
+        seen = []
+        for i in range(len(loader)):
+            inputs, found = loader.next()
+            assert inputs.is_contiguous(memory_format=torch.channels_last)
+            for j, (image, number) in enumerate(zip(inputs, found.tolist())):
+                own, y, x, flip = loader.draws[:, i, j].tolist()
+                window = padded[number, :, y:y + 32, x:x + 32]
+                assert own == number and torch.equal(image, window.flip(-1) if flip else window)
+                mirrored[epoch][number] = flip
+            seen += found.tolist()
+        assert len(set(seen)) == len(seen) == 48
+    both = mirrored[0].keys() & mirrored[1].keys()
+    assert len(both) >= 46 and all(mirrored[0][n] != mirrored[1][n] for n in both)
+    assert 0 < sum(mirrored[0].values()) < 48
+
+def test_sizes_grow_and_cost_what_their_maps_cost():
+    module = main(11)
+    assert [module.flags(epoch) for epoch in (0, 2, 3, 5, 6, 8)] == [
+        (True, 24), (True, 24), (False, 28), (False, 28), (False, 32), (False, 32)]
+    model = model_of(module).eval()
+    flops = {size: module.count_flops(model, False, size=size) for size in (24, 28, 32)}
+    assert [round(flops[size] / flops[32], 3) for size in (24, 28)] == [0.522, 0.755]
+    inputs = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model(inputs), model_of(main(10)).eval()(inputs), atol=1e-5)  # at 32 as before
+    for size, side in ((24, 2), (28, 3), (32, 3)):
+        maps = model.groups(F.gelu(model.stem(inputs[:, :, :size, :size])))
+        assert maps.shape[2:] == (side, side)
+        slow = model.head(torch.stack([each.flatten(1).amax(1) for each in maps])) / 256
+        assert torch.allclose(model(inputs[:, :, :size, :size]), slow, atol=1e-5)
+
+@pytest.mark.parametrize("size", [24, 28, 32])
+def test_resized_batches_equal_slow_ones(size, monkeypatch):
+    module, pixels = main(11), images(8)
+    monkeypatch.setitem(module.HYP, "batch_size", 8)
+    loader = module.CifarLoader(pixels)
+    loader.reset(pixels, torch.arange(8))
+    loader.shuffle()
+    whole, small = loader.next(32)[0], loader.next(size)[0]  # the second call starts the batches anew
+    places = ((torch.arange(size) + 0.5) * 32 / size - 0.5).clamp(0, 31)
+    low, share = places.floor().long(), places.frac()
+    def halfway(values):  # along the last axis
+        return values[..., low] * (1 - share) + values[..., (low + 1).clamp(max=31)] * share
+    slow = halfway(halfway(whole).transpose(2, 3)).transpose(2, 3)
+    assert torch.allclose(small, slow, atol=1e-5) and small.is_contiguous(memory_format=torch.channels_last)
+
+def test_only_uncertain_images_are_seen_again(monkeypatch):
+    module, pixels = main(12), images(40)
+    monkeypatch.setitem(module.HYP, "eval_batch_size", 7)
+    model, inputs = model_of(module).eval(), module.normalize(pixels)
+    with torch.no_grad():
+        model.head.weight *= 30  # or else all are as uncertain as each other
+        plain, six = (module.infer(model, inputs, views) for views in (1, 6))
+        top = plain.softmax(1).amax(1)
+        bound = top.sort().values[9]
+        slow = [(six if top[i] <= bound else plain)[i].argmax().item() for i in range(40)]
+    wrong = torch.tensor(slow) + torch.arange(40) % 2  # so that the accuracy is a half with these alone
+    for share, labels, acc in ((0.25, torch.tensor(slow), 1.0), (0.25, wrong % 10, 0.5),
+                               (1.0, six.argmax(1), 1.0), (0.0, plain.argmax(1), 1.0)):
+        monkeypatch.setitem(module.HYP, "tta_share", share)
+        assert module.evaluate(model, pixels, labels, 6) == acc
+    assert module.evaluate(model, pixels, plain.argmax(1), 1) == 1
+    assert (six.argmax(1) != plain.argmax(1)).any()
+
+def moves_of(n_images, n, seed=0):
+    """Indices of n images with their crops, the most extreme ones among them."""
+    torch.manual_seed(seed)
+    moves = torch.stack([torch.randint(n_images, (n,)), *torch.randint(5, (2, n)), torch.randint(2, (n,))])
+    moves[1:, :4] = torch.tensor([[0, 0, 4, 4], [0, 4, 0, 4], [0, 1, 1, 0]])
+    return moves
+
+def test_crops_from_uint8_equal_those_from_padded_images():
+    old, new, pixels, moves = main(13), main(14), images(9), moves_of(9, 40)
+    padded = F.pad(old.normalize(pixels), [2] * 4, mode="reflect").permute(0, 2, 3, 1)
+    for size in (24, 28, 32):
+        slow = old.batch_crop(padded, *moves)
+        slow = F.interpolate(slow, size=size, mode="bilinear") if size < 32 else slow
+        fast = new.batch_crop(pixels, *moves, size)
+        assert torch.allclose(fast, slow, atol=1e-5)
+        assert fast.is_contiguous(memory_format=torch.channels_last)
+
+@pytest.mark.parametrize("size", [24, 28, 32, 23])
+def test_crop_kernel_equals_its_plain_form(size):
+    """In Triton's interpreter, which test_smoke turns on."""
+    module, pixels, moves = main(14), images(9), moves_of(9, 7)
+    scale = torch.tensor([module.CIFAR_MEAN, module.CIFAR_STD])
+    fast, slow = module.augment(pixels, moves, scale, size), module.batch_crop(pixels, *moves, size)
+    assert fast.shape == slow.shape and fast.is_contiguous(memory_format=torch.channels_last)
+    assert (fast - slow).abs().max() < 1e-5
+
+def test_crop_kernel_compiles_for_a_gpu():
+    """To machine code for an H100, which needs none; in its own process, where nothing is interpreted."""
+    code = f"""
+import sys, triton
+sys.path.insert(0, {str(MAINS[14].parent)!r})
+import {MAINS[14].stem} as m
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+types = dict(X_ptr="*u8", move_ptr="*i64", scale_ptr="*fp32", Y_ptr="*fp16", n="i32", size="i32",
+             PAD="constexpr", BLOCK_SIZE="constexpr")
+source = ASTSource(fn=m._crop_fwd_kernel, signature=types, constexprs=dict(PAD=2, BLOCK_SIZE=1024))
+assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000
+"""
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
