@@ -19,7 +19,7 @@ if sys.argv[1:2] not in (["short"], ["kernels"]):  # for the checks; read when t
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 ROOT = pathlib.Path(__file__).resolve().parent
-LADDERS = ["airbench", "vitfreeze", "hypernet"]
+LADDERS = ["airbench", "vitfreeze", "hypernet", "hnet_cl"]
 DATA_SETS = "cifar10", "cifar10+cifar100"  # whole ones, whose results are published
 KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
 BUDGETS = {  # changed lines; 60 elsewhere
@@ -27,9 +27,13 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
     "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 150, "vitfreeze/main11_latent.py": 150,
     "vitfreeze/main12_autofreeze.py": 100, "vitfreeze/main15_layerdrop.py": 100,
-    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150}
+    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150,
+    "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
+    "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
+    "hnet_cl/main9_samples.py": 70}
 LINES = {  # of a script, 500 elsewhere
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
+    "hnet_cl": 1100,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders and captions
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
