@@ -34,7 +34,7 @@ BUDGETS = {  # changed lines; 60 elsewhere
 LINES = {  # of a script, 500 elsewhere
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
     "hnet_cl": 1100,  # four main networks, splits and checkpoints come before the first idea
-    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py holds encoders and captions
+    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
 
@@ -109,6 +109,8 @@ def test_copies_differ_only_where_the_header_says():
         differing = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
         differing = {name for name in differing if not name.startswith(("import ", "from "))}
         named = set(docstring(after)["Changes"].split())
+        if named == {"everything"} and not after.name.startswith("main"):
+            continue  # a script of another purpose
         assert differing == named, f"{after.name}: header and text differ in {sorted(differing ^ named)}"
         common = [name for name in old if name in new]
         assert common == [name for name in new if name in old], f"{after.name} moves a block"
@@ -285,23 +287,33 @@ def data(tmp_path_factory):
         getattr(load(ROOT / ladder / f"test_{ladder}.py"), "write_data", lambda folder: None)(folder)
     return folder
 
+DRY_RUNS = """
+import os, runpy, sys
+import numpy, torch, torchvision, triton  # once, since this takes longer than such a run, for which it forks
+data, out, *paths = sys.argv[1:]
+for path in paths:
+    name = out + "/" + "-".join(path.split(os.sep)[-2:])
+    if child := os.fork():
+        os.waitpid(child, 0)[1] and sys.exit(f"{path} failed")
+        continue
+    os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT), 1)
+    for more in ("--runs=2", "--seed=1"):
+        sys.argv = [path, "--device=cpu", "--dry-run", "--data", data, "--out", f"{name}.jsonl", more]
+        runpy.run_path(path, run_name="__main__")
+    sys.exit()"""
+
 @pytest.fixture(scope="session")
 def dry_runs(data, tmp_path_factory):
     """{script: (stdout, line of seeds 0 and 1, line of seed 1)} of every script of every ladder."""
-    out, twice = tmp_path_factory.mktemp("out"), """
-import runpy, sys
-script, *flags = sys.argv[1:]
-for more in ("--runs=2", "--seed=1"):  # in one process, since importing torch takes longer than such a run
-    sys.argv[1:] = [*flags, more]
-    runpy.run_path(script, run_name="__main__")"""
-    def both(path):
-        lines = out / f"{path.stem}.jsonl"
-        flags = ["--device=cpu", "--dry-run", "--data", data, "--out", lines]
-        command = [sys.executable, "-c", twice, path, *flags]
+    out, paths, cores = tmp_path_factory.mktemp("out"), [path for _, path in ALL], os.cpu_count()
+    def share(first):
+        command = [sys.executable, "-c", DRY_RUNS, data, out, *paths[first::cores]]
         done = subprocess.run(command, env=ENV, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout, *map(json.loads, lines.read_text().splitlines())
-    return dict(zip([path for _, path in ALL], side_by_side(both, [path for _, path in ALL])))
+    side_by_side(share, range(cores))
+    names = {path: out / f"{path.parent.name}-{path.name}" for path in paths}
+    return {path: (pathlib.Path(f"{name}.txt").read_text(), *map(
+        json.loads, pathlib.Path(f"{name}.jsonl").read_text().splitlines())) for path, name in names.items()}
 
 @pytest.mark.parametrize("path", [path for _, path in ALL], ids=lambda path: path.stem)
 def test_script_runs_and_reports(path, dry_runs):
@@ -315,7 +327,7 @@ def test_script_runs_and_reports(path, dry_runs):
     assert f"-- {path.stem} on other data --" in text and f"acc_mean: {two['acc_mean']}\n" in text
     rows = [run["epochs"] for run in two["runs"] + one["runs"]]
     assert rows[1] == rows[2], "the same seed gives another run"
-    assert rows[0][0]["train_loss"] != rows[1][0]["train_loss"], "another seed gives the same run"
+    assert rows[0] != rows[1], "another seed gives the same run"
     assert two["sha256"] == hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
 
 @pytest.mark.parametrize("path", [path for _, path in ALL], ids=lambda path: path.stem)

@@ -57,7 +57,7 @@ def flag_parser():
     parser.add_argument("--out", metavar="FILE", help="for the JSON line (default: results/ by the script)")
     parser.add_argument("--target", metavar="A", type=float, help="exit 1 if the mean accuracy is below A")
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile in scripts that use it")
-    parser.add_argument("--dry-run", action="store_true", help="two steps of 8 pairs, then the evaluation")
+    parser.add_argument("--dry-run", action="store_true", help="a step of 8 pairs for each width")
     parser.add_argument("--mmap", action="store_true", help="read pairs from disk step by step, not at once")
     parser.add_argument("--connectors", metavar="FILE", help="for {encoder: (weight, bias)} (default: runs/)")
     for name, value, text in re.findall(r"^    (\w+)=(.*?),\s+# (.*)$", CODE, re.M):
@@ -432,7 +432,6 @@ def main(args):
     sys.stdout.reconfigure(line_buffering=True)
     args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
     HYP.update({name: value for name, value in vars(args).items() if name in HYP})
-    args.dry_run and HYP.update(batch_size=8, shrink=0, steps=2)
     for name in ("batch_size", "steps", "retrieval", "logit_scale"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
     found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -443,6 +442,9 @@ def main(args):
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
     timer.lap("import")
     pairs = load_pairs(args.data, args.mmap)
+    turn = max(map(len, jobs(pairs)))  # steps until each width has had one
+    args.dry_run and HYP.update(batch_size=8, shrink=0, steps=turn)
+    turn <= HYP["steps"] or fail(2, f"--steps must be at least {turn}, one for each width")
     timer.lap("load")
     pairs.name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     peak, env = peak_flops(device), environment(device)

@@ -195,7 +195,8 @@ def test_what_the_hypernetwork_predicts(pairs):
             torch.testing.assert_close(bias[place], whole_bias[:width] / whole_bias.norm())
             torch.testing.assert_close(scaled[place], flat / (width * 48) ** 0.5)
             torch.testing.assert_close(scaled_bias[place], whole_bias[:width] / width ** 0.5)
-    spread = torch.cat([made[INIT](i)[0].detach().flatten() * width ** 0.5 for i, (width, _) in enumerate(families)])
+    spread = torch.cat([made[INIT](i)[0].detach().flatten() * width ** 0.5
+                        for i, (width, _) in enumerate(families)])
     assert spread.std() * (48 / (24 + 48 + 64) * 3) ** 0.5 == pytest.approx(1, rel=0.15)
     model = made[BASIS]
     basis, offset = model.heads[0][-1].weight, model.heads[0][-1].bias
@@ -336,6 +337,7 @@ def test_bad_pairs(tmp_path, capsys, monkeypatch):
 
 def test_wrong_flags(tmp_path, capsys):
     flags = [(SEPARATE, flag) for flag in ("--steps=0", "--batch_size=-1", "--runs=0", "--encoders=nobody")]
+    flags += [(BATCHED, "--steps=2")]
     flags += [(EMBED, flag) for flag in ("--count=4", "--widths=96", "--widths=30,60,90", "--pairs=-1",
                                          "--features=x", "--zoo=NoNet_Weights.V1")]
     for module, flag in flags:
@@ -521,7 +523,8 @@ def lines_of(path):
     """{flags that differ from the script's values: [(line, run)]} of its results on both CIFARs"""
     groups = {}
     for line in read_results("hypernet"):
-        if (line["script"], line["data"], line["dry_run"]) == (path.name, DATA, False):
+        measured = line["data"] == DATA and not line["dry_run"] and line["file"] != "speed.jsonl"
+        if line["script"] == path.name and measured:
             own = {key: value for key, value in line["hyp"].items() if hyp(path)[key] != value}
             flags = " ".join(f"--{key} {value:g}" for key, value in own.items())
             groups.setdefault(flags, []).extend((line, run) for run in line["runs"])
@@ -621,6 +624,24 @@ def held_out_rows():
         rows.append([name, *cells, f"{group[0]['GFLOPs']:.1f}", str(len(group))])
     return rows
 
+def speed_rows():
+    """Batches of an encoder that a second of training takes: a row per script, ratios of one round each."""
+    rows, rates = [["Script", "Batches of an encoder per s", "against main1 (rounds)",
+                    "against main2 (rounds)", "Machine"]], {}
+    for path in MAINS:
+        lines = [line for line in read_results("hypernet")
+                 if (line["file"], line["script"]) == ("speed.jsonl", path.name)]
+        rates[path] = {run["seed"]: mean_of(run, "steps") * len(run["epochs"]) / run["parts"]["train"]
+                       for line in lines for run in line["runs"]}
+        if lines:
+            cells = [mean_std(list(rates[path].values()), 1)]
+            for other in MAINS[1:3]:
+                ratios = [rate / rates[other][seed] for seed, rate in rates[path].items()
+                          if seed in rates[other]]
+                cells.append(f"{mean_std(ratios, 2)} ({len(ratios)})" if ratios and path != other else "")
+            rows.append([named(path, [(line, None) for line in lines]), *cells, machine(lines[-1])])
+    return rows
+
 def flops_rows():
     """The published numbers beside the formulas."""
     macs = HYPER.decoder_macs(1024, 768)
@@ -648,4 +669,5 @@ def flops_rows():
 
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
     ladder=lambda: steps_rows([path.name for path in MAINS]), controls=lambda: steps_rows(["asif.py"]),
-    encoders=encoder_rows, ranking=ranking_rows, held_out=held_out_rows, flops=flops_rows).items()}
+    encoders=encoder_rows, ranking=ranking_rows, held_out=held_out_rows, speed=speed_rows,
+    flops=flops_rows).items()}
