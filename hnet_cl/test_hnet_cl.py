@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 CPU = torch.device("cpu")
 MAINS = [path for _, path in scripts("hnet_cl") if path.name.startswith("main")]
 LOADED = [load(path) for path in MAINS]
-FINETUNE, FULL, CHUNKED, REG, BATCHED, GAIN, STRUCTURE, INFER, BBB, SAMPLES = LOADED[:10]
+FINETUNE, FULL, CHUNKED, REG, BATCHED, GAIN, STRUCTURE, INFER, BBB, SAMPLES, SSGE, CLOSED, GRAM = LOADED
 LAST = LOADED[-1]
 
 @contextlib.contextmanager
@@ -614,6 +614,183 @@ def test_samples_side_by_side_are_those_of_the_loop(more):
     for a, b in zip(*found, strict=True):
         close(a, b, 1e-8 if a.dtype == torch.float64 and a.ndim < 3 else 2e-4)
 
+# ---------------------------------------------------------------------- distributions without a formula
+def test_score_by_its_definition():
+    """Of main10: eigenfunction by eigenfunction, with gradients by autograd"""
+    for values in ({}, dict(num_ssge_eigenvals=3), dict(thr_ssge_eigenvals=0.8), dict(heuristic_kernel=True)):
+        with settings(SSGE, rbf_kernel_width=3.0, **values):
+            x, y = draws(6, 9), draws(4, 9, seed=1)
+            width = torch.cdist(x, x).flatten().median() if "heuristic_kernel" in values else 3.0
+            k = lambda a, b: (-torch.cdist(a, b) ** 2 / (2 * width ** 2)).exp()
+            values_, vectors = np.linalg.eigh(k(x, x).numpy())
+            values_, vectors = values_[::-1].copy(), torch.from_numpy(vectors[:, ::-1].copy())
+            kept = 3 if "num_ssge_eigenvals" in values else 6
+            if "thr_ssge_eigenvals" in values:
+                kept = sum(np.cumsum(values_) / values_.sum() < 0.8)
+                assert 0 < kept < 6
+            total = 0
+            for j in range(kept):
+                near = lambda at: (-(at[:, None] - x).square().sum(2) / (2 * width ** 2)).exp()
+                psi = lambda at: 6 ** 0.5 / values_[j] * (near(at) @ vectors[:, j])
+                at = x.clone().requires_grad_()
+                beta = -torch.autograd.grad(psi(at).sum(), at)[0].mean(0)
+                total = total + psi(y)[:, None] * beta
+            close(SSGE.score(x, y), total, 1e-9)
+
+@pytest.mark.parametrize("values", [dict(rbf_kernel_width=4.0), dict(heuristic_kernel=True)])
+def test_closed_score_is_the_spectral_one(values):
+    for module in LOADED[11:]:
+        for more in ({}, dict(num_ssge_eigenvals=4), dict(thr_ssge_eigenvals=0.9)):
+            x, y = draws(7, 40), draws(5, 40, seed=1)
+            with settings(SSGE, **values, **more):
+                wanted = SSGE.score(x, x), SSGE.score(x, y)
+            with settings(module, **values, **more):
+                close(module.score(x, x), wanted[0]), close(module.score(x, y), wanted[1])
+    with settings(CLOSED, **values, rescale_score=True):
+        with settings(SSGE, **values):
+            close(CLOSED.score(x, x), SSGE.score(x, x) * 40 / 7)
+
+def test_score_of_a_known_gaussian():
+    cosines = []
+    for seed in range(5):
+        x = draws(200, 2, seed=seed) * torch.tensor([1.0, 0.5])
+        with settings(CLOSED, heuristic_kernel=True, thr_ssge_eigenvals=0.9):
+            found = CLOSED.score(x, x)
+        true = -x / torch.tensor([1.0, 0.25])
+        cosines.append(F.cosine_similarity(found.flatten(), true.flatten(), dim=0))
+    assert torch.stack(cosines).mean() > 0.9
+
+def test_score_far_apart_is_zero():
+    """The published width of 1, in many dimensions"""
+    x = 0.05 * draws(5, 100000)
+    with settings(CLOSED, rbf_kernel_width=1.0):
+        assert CLOSED.score(x, x).norm() < 1e-9
+    with settings(CLOSED, heuristic_kernel=True):
+        found = CLOSED.score(x, x)
+        assert F.cosine_similarity(found, -x).min() > 0.8 and found.norm() < 1e-3 * (x / 0.0025).norm()
+
+def test_weights_from_noise_call_by_call():
+    for extra in (-1.0, 0.3):
+        values = dict(imp_hmlp_arch="5", imp_chmlp_chunk_size=900, full_support_perturbation=extra)
+        with settings(SSGE, **values) as net:
+            made_ = draws(SSGE.made_size(net)) * 0.1
+            noise = SSGE.draw_noise(net, 3, CPU, 0).double()
+            assert noise.shape == (3, net.size if extra > 0 else 8)
+            calls, parts = math.ceil(net.size / 900), []
+            place = 0
+            for shape in ((calls, 32), (5, 40), (5,), (900, 5), (900,)):
+                parts.append(made_[place:place + math.prod(shape)].view(shape))
+                place += math.prod(shape)
+            assert len(made_) == place
+            for z, found in zip(0.1 * noise, SSGE.sample(net, made_, noise)):
+                inputs = torch.cat([z[:8].expand(calls, 8), parts[0]], 1)
+                wanted = call_by_call([inputs, *parts[1:]], z[:0], calls, net.size) + GAIN.gains(net)
+                close(found, wanted + (0.3 * z if extra > 0 else 0))
+
+def test_gradient_of_the_entropy():
+    """That of the weights, times the score, its mean over samples; and no part in the value"""
+    for module in LOADED[10:]:
+        with settings(module, prior_variance=2.0, ssge_sample_size=3) as net:
+            model, _ = made(module, net)
+            made_ = model(1).detach().requires_grad_()
+            noise = module.draw_noise(net, 4, CPU, 1).double()
+            weights = module.sample(net, made_, noise)
+            value, norm = module.prior_term(net, made_, weights)
+            close(value, sum((w ** 2).sum() for w in weights) / 4 / 4)
+            found, = torch.autograd.grad(value, made_, retain_graph=True)
+            scores = SSGE.score(weights[:3].detach(), weights[:3].detach())
+            parts = [torch.autograd.grad(w, made_, s, retain_graph=True)[0] for w, s in zip(weights, scores)]
+            prior, = torch.autograd.grad(weights.square().sum() / 16, made_)
+            close(found, sum(parts) / 3 + prior), close(norm, scores.norm() / 3)
+
+IMPLICIT = [("", 7000, 457144, 457272), ("100,100", 4000, 424344, 457112),
+            ("10,10,10,10", 40000, 441364, 457208), ("125,250,500", 500, 445417, 457208)]
+
+def test_published_sizes_of_both_hypernetworks():
+    common = dict(flags_of("resnet", "5x2"), cond_emb_size=32, chunk_emb_size="32", chmlp_chunk_size=7000)
+    for arch, chunk, made_, trained in IMPLICIT:
+        with settings(SSGE, **common, latent_dim=32, imp_hmlp_arch=arch, imp_chmlp_chunk_size=chunk) as net:
+            assert SSGE.made_size(net) == made_
+            sizes = SSGE.budget(net)
+            assert sizes["hnet_weights"] == trained and sizes["main_weights"] == 465290
+    wanted = [448361, 462641, 439242, 465402, 35114160, 35142972, 34390780, 34419012]
+    for (kind, gcd, latent, embs, arch, *_), size in zip(STRUCTURED, wanted):
+        with settings(SSGE, **flags_of(kind, "5x2"), imp_hnet_type="none") as net, torch.device("meta"):
+            SSGE.HYP.update(imp_hnet_type="structured_hmlp", imp_shmlp_gcd_chunking=gcd,
+                            imp_chunk_emb_size=embs, imp_hmlp_arch=arch)
+            groups = SSGE.hnet_groups(net, net.size, 1, "imp_")
+            assert sum(p.numel() for p in SSGE.hnet_params(groups, latent, True)) == size
+    with settings(SSGE, imp_hnet_type="structured_hmlp", imp_shmlp_gcd_chunking=True, imp_hmlp_arch="4",
+                  imp_chunk_emb_size="0,0,2,2,2,0") as net:
+        assert SSGE.sample(net, torch.zeros(SSGE.made_size(net)), torch.zeros(2, 8)).shape == (2, net.size)
+
+def test_without_noise_all_scripts_are_main9():
+    for more in ({}, dict(mean_only=True)):
+        found = []
+        for module in LOADED[9:]:
+            common = dict(chmlp_chunk_size=540, std_normal_emb=1.0, std_normal_temb=1.0, beta=50.0, **more)
+            with settings(module, **common, **{} if module is SAMPLES else dict(imp_hnet_type="none")) as net:
+                before, after_, stats = moved(module, net)
+                kept = module.take_reference(net, before, 3)
+                noise = module.draw_noise(net, 2, CPU, 3).double()
+                loss, terms = module.objective(net, after_, stats, 3, *batch(net), kept, [0, 2], noise)
+                found.append((*with_gradient(loss, after_), terms[:3], stats))
+        for other in found[1:]:
+            for a, b in zip(other, found[0]):
+                close(a, b)
+
+def test_scripts_with_noise_compute_the_same():
+    found = []
+    for module in LOADED[10:]:
+        with settings(module, kl_scale=1.0) as net:
+            before, after_, stats = moved(module, net)
+            kept, noise = module.take_reference(net, before, 3), module.draw_noise(net, 4, CPU, 3).double()
+            loss, terms = module.objective(net, after_, stats, 3, *batch(net), kept, [0, 1, 2], noise)
+            found.append((*with_gradient(loss, after_), terms, stats))
+    for other in found[1:]:
+        for a, b in zip(other, found[0]):
+            close(a, b, 1e-8)
+
+# ---------------------------------------------------------------------- penalty by products
+@pytest.mark.parametrize("values", [
+    dict(mean_only=True, chmlp_chunk_size=250), dict(mean_only=True, chmlp_chunk_size=100, hmlp_arch="5,4"),
+    dict(mean_only=True, hnet_type="hmlp"), dict(chmlp_chunk_size=300, hmlp_arch="7"),
+    dict(chmlp_chunk_size=4834, hmlp_arch="3"),
+    dict(mean_only=True, chmlp_chunk_size=293, use_cond_chunk_embs=True)])
+def test_penalty_by_products(values):
+    """Loop, batched form and products: value and gradient, with masked rows and unused outputs, and where the
+    last chunk is full"""
+    values = dict(values, imp_hnet_type="none", allow_over_budget=True)
+    with settings(GRAM, **values) as net:
+        before, after_, _ = moved(GRAM, net)
+        for chosen in ([0, 1, 2], [2]):
+            ours = GRAM.penalty_by_products(after_, GRAM.take_reference(net, before, 3), chosen)
+            made_ = before.batch(range(3)).detach()
+            direct = GRAM.regularizer(net, after_.batch(chosen), made_, chosen)
+            parts = [slice(at, at + net.size) for at in range(0, after_.size, net.size)]
+            slow = sum(penalty_slow(net, lambda t: before(t)[part], lambda t: after_(t)[part], chosen)
+                       for part in parts)
+            ours, direct, slow = (with_gradient(value, after_) for value in (ours, direct, slow))
+            for a, b, c in zip(ours, direct, slow):
+                close(a, c), close(b, c)
+
+def test_penalty_by_products_makes_few_weights():
+    """Its cost hardly grows with the earlier tasks."""
+    common = dict(flags_of("resnet", "10x10"), imp_hnet_type="none", mean_only=True, chmlp_chunk_size=7000,
+                  std_normal_emb=1.0)
+    with settings(GRAM, **common) as net:
+        model, flops = GRAM.Model(net), {}
+        for count in (2, 8):
+            kept = GRAM.take_reference(net, model, count)
+            forms = dict(products=lambda: GRAM.penalty_by_products(model, kept, [*range(count)]),
+                         direct=lambda: model.batch(range(count)))
+            for name, penalty in forms.items():
+                with FlopCounterMode(display=False) as counter:
+                    penalty()
+                flops[name, count] = counter.get_total_flops()
+    assert flops["direct", 8] == 4 * flops["direct", 2]
+    assert flops["products", 8] < 1.5 * flops["products", 2] and flops["products", 8] < flops["direct", 8]
+
 # ---------------------------------------------------------------------- whole runs
 SHORT = dict(num_tasks=3, n_iter=6, batch_size=8, val_set_size=2, train_images=8, save_steps=2)
 
@@ -728,7 +905,9 @@ def test_wrong_flags_and_data(data, tmp_path):
             (6, "--hmlp_arch=3;3", "group 3 (600 weights, called 3 times) has no layers"),
             (6, "--chunk_emb_size=0,0,8,8,8,0,0", "group 7 is one too many"),
             (6, "--hnet_init=hyperfan", "but for structured_hmlp"), (7, "--infer=none", "ent or conf"),
-            (8, "--regularizer=kl", "fkl, rkl or w2"), (8, "--train_sample_size=0", "above 0")):
+            (8, "--regularizer=kl", "fkl, rkl or w2"), (8, "--train_sample_size=0", "above 0"),
+            (10, "--imp_hnet_type=x", "one of hmlp"), (12, "--latent_dim=0", "latent_dim must be above 0"),
+            (10, "--regularizer=w2", "goes with hmlp or chunked_hmlp, mse and deviations")):
         (code, text), = forks((MAINS[path], ["--data", data, "--out", tmp_path / "o", flag]))
         assert code == 2 and text.count("\n") == 1 and sentence in text, text
     cases = [({}, "no cifar10 in"), (dict(train=b"none"), "train.pt is missing, damaged or not of 10"),
@@ -813,7 +992,8 @@ def test_published_budgets():
                     ("resnet", "5x2", "structured, gcd, deep, 32"),
                     ("Gaussian resnet", "5x2", "structured, gcd, deep, 32")]
 
-CHECK = [(0, {}), (1, {}), (3, dict(beta=0.0)), (3, {}), (4, {}), (5, {}), (6, {}), (7, {}), (8, {}), (9, {})]
+CHECK = [(0, {}), (1, {}), (3, dict(beta=0.0)), (3, {}), (4, {}), (5, {}), (6, {}), (7, {}), (8, {}), (9, {}),
+         (10, {}), (11, {}), (12, {})]
 
 def lines_of(path, own):
     """Result lines of a script on real data with those values of its own, all others as in its text, and all
