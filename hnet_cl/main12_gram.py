@@ -377,6 +377,8 @@ def hnet_groups(net, size, chunk, prefix=""):
     """The networks inside the hypernetwork that makes that many weights; exit 2 where lists do not fit."""
     kind, arch, embs = (HYP[prefix + name] for name in ("hnet_type", "hmlp_arch", "chunk_emb_size"))
     if kind == "structured_hmlp":
+        (net.kind == "iresnet" or net.kind == "wrn" and not HYP["no_bias"]) and fail(
+            2, "structured_hmlp has no groups for an iresnet or a wrn without --no_bias")
         with torch.device("meta"):  # sizes alone
             groups = structure(net, HYP[prefix + "shmlp_gcd_chunking"])[0] * (size // net.size)
         embs, archs = numbers_of(embs), arch.split(";")
@@ -461,6 +463,11 @@ def generate(groups, params, cond):
 def implicit(net, device):
     """The hypernetwork from noise to weights: its networks, shapes of its parameters, places [size] of the
     weights among its outputs, or None, and what is added to them [size]"""
+    for name in ("latent_dim", "latent_std", "imp_chmlp_chunk_size", "rbf_kernel_width"):
+        HYP[name] > 0 or fail(2, f"--{name} must be above 0")
+    embs = numbers_of(HYP["imp_chunk_emb_size"])
+    HYP["imp_hnet_type"] != "chunked_hmlp" or len(embs) == 1 and embs[0] > 0 or fail(
+        2, "--imp_chunk_emb_size is a number above 0: chunks without vectors would all be the same")
     groups = hnet_groups(net, net.size, HYP["imp_chmlp_chunk_size"], "imp_")
     with torch.device("meta"):
         shapes = [p.shape for p in hnet_params(groups, HYP["latent_dim"], True)]
@@ -1097,12 +1104,8 @@ def main(args):
     HYP["imp_hnet_type"] in kinds or fail(2, f"--imp_hnet_type is one of {', '.join(kinds)}")
     net.implicit and (structured or HYP["regularizer"] != "mse" or HYP["mean_only"]) and fail(
         2, "noise through a hypernetwork goes with hmlp or chunked_hmlp, mse and deviations")
-    for name in ("latent_dim", "latent_std", "imp_chmlp_chunk_size", "rbf_kernel_width"):
-        HYP[name] > 0 or fail(2, f"--{name} must be above 0")
     min(HYP[name] for name in ("train_sample_size", "val_sample_size", "prior_variance")) > 0 or fail(
         2, "--train_sample_size, --val_sample_size and --prior_variance must be above 0")
-    structured and (net.kind == "iresnet" or net.kind == "wrn" and not HYP["no_bias"]) and fail(
-        2, "structured_hmlp has no groups for an iresnet or a wrn without --no_bias")
     structured and HYP["use_cond_chunk_embs"] and fail(2, "--use_cond_chunk_embs is for chunked_hmlp")
     HYP["infer"] in ("ent", "conf", "agree") and HYP["infer_batch_size"] > 0 or fail(
         2, "--infer is ent, conf or agree, and --infer_batch_size above 0")

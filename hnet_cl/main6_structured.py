@@ -337,6 +337,8 @@ Group = collections.namedtuple("Group", "outputs calls emb arch")
 def hnet_groups(net, size, chunk):
     """The networks inside the hypernetwork that makes that many weights; exit 2 where lists do not fit."""
     if HYP["hnet_type"] == "structured_hmlp":
+        (net.kind == "iresnet" or net.kind == "wrn" and not HYP["no_bias"]) and fail(
+            2, "structured_hmlp has no groups for an iresnet or a wrn without --no_bias")
         with torch.device("meta"):  # sizes alone
             groups, _ = structure(net, HYP["shmlp_gcd_chunking"])
         embs, archs = numbers_of(HYP["chunk_emb_size"]), HYP["hmlp_arch"].split(";")
@@ -839,8 +841,6 @@ def main(args):
     structured = HYP["hnet_type"] == "structured_hmlp"
     HYP["hnet_init"] in ("xavier", "normal", "hyperfan"[:8 * (not structured)]) or fail(
         2, "--hnet_init is xavier, normal or, but for structured_hmlp, hyperfan")
-    structured and (net.kind == "iresnet" or net.kind == "wrn" and not HYP["no_bias"]) and fail(
-        2, "structured_hmlp has no groups for an iresnet or a wrn without --no_bias")
     structured and HYP["use_cond_chunk_embs"] and fail(2, "--use_cond_chunk_embs is for chunked_hmlp")
     HYP["chmlp_chunk_size"] > 0 or fail(2, "--chmlp_chunk_size must be above 0")
     embs = numbers_of(HYP["chunk_emb_size"])

@@ -359,6 +359,8 @@ Group = collections.namedtuple("Group", "outputs calls emb arch")
 def hnet_groups(net, size, chunk):
     """The networks inside the hypernetwork that makes that many weights; exit 2 where lists do not fit."""
     if HYP["hnet_type"] == "structured_hmlp":
+        (net.kind == "iresnet" or net.kind == "wrn" and not HYP["no_bias"]) and fail(
+            2, "structured_hmlp has no groups for an iresnet or a wrn without --no_bias")
         with torch.device("meta"):  # sizes alone
             groups = structure(net, HYP["shmlp_gcd_chunking"])[0] * (size // net.size)
         embs, archs = numbers_of(HYP["chunk_emb_size"]), HYP["hmlp_arch"].split(";")
@@ -946,8 +948,6 @@ def main(args):
         2, "--infer agree needs two samples of the weights or more")
     min(HYP[name] for name in ("train_sample_size", "val_sample_size", "prior_variance")) > 0 or fail(
         2, "--train_sample_size, --val_sample_size and --prior_variance must be above 0")
-    structured and (net.kind == "iresnet" or net.kind == "wrn" and not HYP["no_bias"]) and fail(
-        2, "structured_hmlp has no groups for an iresnet or a wrn without --no_bias")
     structured and HYP["use_cond_chunk_embs"] and fail(2, "--use_cond_chunk_embs is for chunked_hmlp")
     HYP["infer"] in ("ent", "conf", "agree") and HYP["infer_batch_size"] > 0 or fail(
         2, "--infer is ent, conf or agree, and --infer_batch_size above 0")

@@ -1,6 +1,6 @@
 """Checks of the ideas of this ladder, each against a slow or independent form of it, and its tables."""
-import collections, contextlib, copy, hashlib, itertools, json, math, multiprocessing, os, pathlib, re
-import resource, signal, sys, tempfile, types
+import collections, contextlib, copy, functools, hashlib, itertools, json, math, multiprocessing, os, pathlib, re
+import resource, shlex, signal, sys, tempfile, types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
@@ -791,6 +792,86 @@ def test_penalty_by_products_makes_few_weights():
     assert flops["direct", 8] == 4 * flops["direct", 2]
     assert flops["products", 8] < 1.5 * flops["products", 2] and flops["products", 8] < flops["direct", 8]
 
+# ---------------------------------------------------------------------- the flags of the original
+RESNET = '--net_type=resnet --resnet_block_depth=5 --resnet_channel_sizes="16,16,32,64"'
+WIDE_NET = "--net_type=wrn --wrn_block_depth=4 --wrn_widening_factor=10 --wrn_use_fc_bias --no_bias"
+RESNET18 = "--net_type=iresnet --iresnet_use_fc_bias --no_bias --iresnet_projection_shortcut"
+TASKS = {"6x10": "--num_tasks=6 --num_classes_per_task=10", "5x2": "--num_tasks=5 --num_classes_per_task=2",
+         "10x10": "--num_tasks=10 --num_classes_per_task=10 --skip_tasks=1"}
+OUTER = "--hh_hnet_type=chunked_hmlp --hh_cond_emb_size=32 --hh_chunk_emb_size=32 --hh_hmlp_arch=''"
+INNER = "--imp_hnet_type=chunked_hmlp --latent_dim=32 --imp_chunk_emb_size=32"
+STRUCT = "--imp_hnet_type=structured_hmlp"
+GAUSS = "--hnet_type=chunked_hmlp --cond_emb_size=32 --chunk_emb_size=32"
+CALLS = [  # the published examples, and the ratios that they come to
+    ("ssge", "6x10", f"{RESNET} {INNER} {OUTER} --hh_chmlp_chunk_size=7000 --imp_hmlp_arch='125,250,500' "
+     "--imp_chmlp_chunk_size=500", 0.9759),
+    ("bbb", "6x10", f"{RESNET} {GAUSS} --hmlp_arch='10,10,10,10' --chmlp_chunk_size=90000", 1.0581),
+    ("ssge", "6x10", f"{WIDE_NET} {INNER} {OUTER} --hh_chmlp_chunk_size=500000 "
+     "--imp_hmlp_arch='250,500,1000' --imp_chmlp_chunk_size=30000", 0.8902),
+    ("bbb", "6x10", f"{WIDE_NET} {GAUSS} --hmlp_arch='50,50,50,50' --chmlp_chunk_size=1000000", 0.6986),
+    ("ssge", "5x2", f"{RESNET} {INNER} {OUTER} --hh_chmlp_chunk_size=7000 --imp_hmlp_arch='125,250,500' "
+     "--imp_chmlp_chunk_size=500", 0.9826),
+    ("ssge", "5x2", f'{RESNET} {STRUCT} --latent_dim=3 --imp_chunk_emb_size="0,0,3,0,3,0,3,0" {OUTER} '
+     "--hh_chmlp_chunk_size=7000 --imp_hmlp_arch=''", 0.9828),
+    ("bbb", "5x2", f"{RESNET} {GAUSS} --hmlp_arch='10,10,10,10' --chmlp_chunk_size=80000", 0.9473),
+    ("bbb", "5x2", f'{RESNET} --hnet_type=structured_hmlp --cond_emb_size=3 '
+     '--chunk_emb_size="0,0,3,0,3,0,3,0,0,0,3,0,3,0,3,0" --hmlp_arch=""', 0.9636),
+    ("ssge", "5x2", f"{WIDE_NET} {INNER} {OUTER} --hh_chmlp_chunk_size=500000 "
+     "--imp_hmlp_arch='250,500,1000' --imp_chmlp_chunk_size=30000", 0.8910),
+    ("ssge", "5x2", f'{WIDE_NET} {STRUCT} --latent_dim=8 --imp_chunk_emb_size="0,0,2,4,4,0,0,0,0" {OUTER} '
+     "--hh_chmlp_chunk_size=500000 --imp_hmlp_arch=''", 0.8909),
+    ("bbb", "5x2", f"{WIDE_NET} {GAUSS} --hmlp_arch='50,50,50,50' --chmlp_chunk_size=1000000", 0.6992),
+    ("ssge", "10x10", f"{RESNET18} --latent_dim=32 --imp_chunk_emb_size=32 {OUTER} "
+     "--hh_chmlp_chunk_size=150000 --imp_hmlp_arch='250,500,1000' --imp_chmlp_chunk_size=10000", 0.8692),
+    ("bbb", "10x10", f"{RESNET18} {GAUSS} --hmlp_arch='100,100,100,100' --chmlp_chunk_size=200000", 0.9020)]
+SEED_SCRIPTS = dict(bbb=HERE / "train_resnet_bbb.py", ssge=HERE / "train_resnet_ssge.py")
+
+@pytest.mark.parametrize("method, split, text, ratio", CALLS)
+def test_calls_of_the_original(method, split, text, ratio):
+    """Their flags are known and mean the networks that they are for."""
+    module = load(SEED_SCRIPTS[method])
+    args = module.flag_parser().parse_args(shlex.split(f"{TASKS[split]} {text}"))
+    values = {name: value for name, value in vars(args).items() if name in module.HYP}
+    with settings(module, **dict(values, imp_hnet_type="none")) as net:
+        assert net.size == SIZES[values["net_type"], split]
+        module.HYP.update(values)
+        if method == "ssge":  # sizes alone: places of weights are checked elsewhere
+            with torch.device("meta"):
+                groups = module.hnet_groups(net, net.size, values["imp_chmlp_chunk_size"], "imp_")
+                shapes = [p.shape for p in module.hnet_params(groups, values["latent_dim"], True)]
+            net = net._replace(implicit=module.Implicit(groups, shapes, None, None))
+        assert module.budget(net)["ratio"] == pytest.approx(ratio, abs=1.1e-4)
+
+@pytest.mark.parametrize("number", [5, 7])
+def test_a_step_of_calls_of_the_original(number):
+    """On the ResNet-32, with its structured hypernetworks, from flags to changed weights"""
+    method, split, text, _ = CALLS[number]
+    module = load(SEED_SCRIPTS[method])
+    args = module.flag_parser().parse_args(shlex.split(f"{TASKS[split]} {text}"))
+    with settings(module, **{name: value for name, value in vars(args).items() if name in module.HYP}) as net:
+        train_step(module, net, 2, 2)
+
+def train_step(module, net, task, samples, n=2):
+    """A step of a batch of real size 32 x 32: a finite loss, and all parameters of the task change."""
+    torch.manual_seed(0)
+    model, stats = module.Model(net), module.fresh_stats(net)
+    optimizer = module.make_optimizer(model)
+    inputs, labels, n_train = batch(net, n)
+    kept = module.take_reference(net, model, task)
+    noise = module.draw_noise(net, samples, CPU, 0)
+    before = [p.detach().clone() for p in model.params]
+    loss, terms = module.objective(net, model, stats, task, inputs.float(), labels, n_train, kept,
+                                   [*range(task)], noise)
+    loss.backward(), optimizer.step()
+    assert terms.isfinite().all() and abs(float(terms[0])) < 20 and stats[task].ne(stats[task - 1]).any()
+    assert all((a != b).any() for a, b in zip(before, model.params))
+
+@pytest.mark.parametrize("kind, split, chunk", [("wrn", "5x2", 500000), ("iresnet", "10x10", 150000)])
+def test_a_step_of_the_large_networks(kind, split, chunk):
+    values = dict(flags_of(kind, split), imp_hnet_type="none", mean_only=True, chmlp_chunk_size=chunk)
+    with settings(GRAM, **values) as net:
+        train_step(GRAM, net, 1, 1)
+
 # ---------------------------------------------------------------------- whole runs
 SHORT = dict(num_tasks=3, n_iter=6, batch_size=8, val_set_size=2, train_images=8, save_steps=2)
 
@@ -1037,5 +1118,45 @@ def test_penalty_keeps_ten_points():
         pytest.skip("not measured")
     assert np.mean(held) - np.mean(without) > 0.1
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that are dispatched."""
+    count = 0
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+PLAIN_WEIGHTS = dict(imp_hnet_type="none", mean_only=True, chmlp_chunk_size=250)
+STEPS = [("the penalty", 3, {}), ("the penalty", 4, {}), ("the penalty", 12, PLAIN_WEIGHTS), ("4 samples", 8, {}),
+         ("4 samples", 9, {}), ("the score of 4 samples", 10, {}), ("the score of 4 samples", 11, {})]
+
+def operations(module, values):
+    """Of a step, forward and backward, of the small network in the fifth task"""
+    with settings(module, **values) as net:
+        model, stats = made(module, net)
+        last = module.take_reference(net, model, 4), [0, 1, 2, 3]
+        if hasattr(module, "draw_noise"):
+            last += (module.draw_noise(net, 4, CPU, 0).double(),)
+        last = last[:1] if module is REG else last
+        inputs = batch(net, 2)
+        with Operations() as counter:
+            loss, _ = module.objective(net, model, stats, 4, *inputs, *last)
+            loss.backward()
+        return counter.count
+
+@functools.cache
+def operations_rows():
+    """A row per step of the ladder that is for speed."""
+    rows = [["Script", "What for", "Operations of a step", "of the script before it here"]]
+    for (name, number, values), before in zip(STEPS, [None] + STEPS):
+        count = operations(LOADED[number], values)
+        share = count / int(rows[-1][2].replace(",", "")) if before and before[0] == name else None
+        rows.append([f"`{MAINS[number].stem}`", name, f"{count:,}", f"{share:.2f}" if share else ""])
+    return rows
+
+def test_steps_for_speed_dispatch_less():
+    counts = {row[0].strip("`"): int(row[2].replace(",", "")) for row in operations_rows()[1:]}
+    by = {number: counts[MAINS[number].stem] for _, number, _ in STEPS}
+    assert by[4] < 0.5 * by[3] and by[9] < 0.6 * by[8] and by[11] < by[10], by
+
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
-    ladder=ladder_rows, budget=budget_rows).items()}
+    ladder=ladder_rows, operations=operations_rows, budget=budget_rows).items()}
