@@ -1034,8 +1034,9 @@ def main(args):
         2, "--infer agree needs two samples of the weights or more")
     kinds = dict(hmlp=0, chunked_hmlp=0, structured_hmlp=0, none=0)
     HYP["imp_hnet_type"] in kinds or fail(2, f"--imp_hnet_type is one of {', '.join(kinds)}")
-    net.implicit and (structured or HYP["regularizer"] != "mse" or HYP["mean_only"]) and fail(
-        2, "noise through a hypernetwork goes with hmlp or chunked_hmlp, mse and deviations")
+    usual = HYP["regularizer"] == "mse" and not HYP["mean_only"] and HYP["hnet_init"] in ("xavier", "normal")
+    not net.implicit or usual and not structured or fail(
+        2, "noise in a hypernetwork goes with hmlp or chunked_hmlp, mse, xavier or normal; no --mean_only")
     min(HYP[name] for name in ("train_sample_size", "val_sample_size", "prior_variance")) > 0 or fail(
         2, "--train_sample_size, --val_sample_size and --prior_variance must be above 0")
     structured and HYP["use_cond_chunk_embs"] and fail(2, "--use_cond_chunk_embs is for chunked_hmlp")

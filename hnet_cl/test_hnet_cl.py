@@ -1,6 +1,6 @@
 """Checks of the ideas of this ladder, each against a slow or independent form of it, and its tables."""
-import collections, contextlib, copy, functools, hashlib, itertools, json, math, multiprocessing, os, pathlib, re
-import resource, shlex, signal, sys, tempfile, types
+import collections, contextlib, copy, functools, hashlib, itertools, json, math, multiprocessing, os, pathlib
+import re, resource, shlex, signal, sys, tempfile, types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -872,6 +872,21 @@ def test_a_step_of_the_large_networks(kind, split, chunk):
     with settings(GRAM, **values) as net:
         train_step(GRAM, net, 1, 1)
 
+def test_commands_of_the_readme():
+    """Flags are known, and the hypernetworks are within their budgets."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    names = dict(re.findall(r'^([A-Z0-9]+)="(.*)"$', text, re.M))
+    commands = re.findall(r"python hnet_cl/(\w+)\.py ([^`\n#]*--[^`\n#]*)", text)
+    assert len(commands) > 9 and len(names) == 5
+    for name, flags_ in commands:
+        module, flags_ = load(HERE / f"{name}.py"), re.sub(r"\$(\w+)", lambda match: names[match[1]], flags_)
+        args = module.flag_parser().parse_args(shlex.split(flags_))
+        values = {key: value for key, value in vars(args).items() if key in module.HYP}
+        if values.get("imp_hnet_type") == "structured_hmlp":
+            continue  # among the calls of the original
+        with settings(module, **values) as net:
+            assert module.budget(net)["ratio"] <= (5 if "scratch" in flags_ else 1)
+
 # ---------------------------------------------------------------------- whole runs
 SHORT = dict(num_tasks=3, n_iter=6, batch_size=8, val_set_size=2, train_images=8, save_steps=2)
 
@@ -988,7 +1003,9 @@ def test_wrong_flags_and_data(data, tmp_path):
             (6, "--hnet_init=hyperfan", "but for structured_hmlp"), (7, "--infer=none", "ent or conf"),
             (8, "--regularizer=kl", "fkl, rkl or w2"), (8, "--train_sample_size=0", "above 0"),
             (10, "--imp_hnet_type=x", "one of hmlp"), (12, "--latent_dim=0", "latent_dim must be above 0"),
-            (10, "--regularizer=w2", "goes with hmlp or chunked_hmlp, mse and deviations")):
+            (10, "--regularizer=w2", "goes with hmlp or chunked_hmlp, mse"),
+            (11, "--hnet_init=hyperfan", "goes with hmlp or chunked_hmlp, mse"),
+            (12, "--imp_chunk_emb_size=0", "would all be the same")):
         (code, text), = forks((MAINS[path], ["--data", data, "--out", tmp_path / "o", flag]))
         assert code == 2 and text.count("\n") == 1 and sentence in text, text
     cases = [({}, "no cifar10 in"), (dict(train=b"none"), "train.pt is missing, damaged or not of 10"),
@@ -1126,8 +1143,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 PLAIN_WEIGHTS = dict(imp_hnet_type="none", mean_only=True, chmlp_chunk_size=250)
-STEPS = [("the penalty", 3, {}), ("the penalty", 4, {}), ("the penalty", 12, PLAIN_WEIGHTS), ("4 samples", 8, {}),
-         ("4 samples", 9, {}), ("the score of 4 samples", 10, {}), ("the score of 4 samples", 11, {})]
+STEPS = [("the penalty", 3, {}), ("the penalty", 4, {}), ("the penalty", 12, PLAIN_WEIGHTS),
+         ("4 samples", 8, {}), ("4 samples", 9, {}), ("the score of 4 samples", 10, {}),
+         ("the score of 4 samples", 11, {})]
 
 def operations(module, values):
     """Of a step, forward and backward, of the small network in the fifth task"""
