@@ -19,7 +19,7 @@ if sys.argv[1:2] not in (["short"], ["kernels"]):  # for the checks; read when t
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 ROOT = pathlib.Path(__file__).resolve().parent
-LADDERS = ["airbench", "vitfreeze", "hypernet"]
+LADDERS = ["airbench", "vitfreeze", "hypernet", "hnet_cl"]
 DATA_SETS = "cifar10", "cifar10+cifar100"  # whole ones, whose results are published
 KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
 BUDGETS = {  # changed lines; 60 elsewhere
@@ -30,10 +30,15 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150,
     "airbench/main9_muon.py": 100,  # an optimizer comes, another one and its lookahead leave
     "airbench/main10_graph.py": 140,  # data, crops and learning rates in buffers that stay in place
-    "airbench/main14_augment.py": 70}  # a Triton kernel
+    "airbench/main14_augment.py": 70,  # a Triton kernel
+    "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
+    "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
+    "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
+    "hnet_cl/main12_gram.py": 80}
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
+    "hnet_cl": 1250,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
