@@ -521,11 +521,11 @@ def kernels():
 
 def lines_of(path):
     """{flags that differ from the script's values: [(line, run)]} of its results on both CIFARs"""
-    groups = {}
+    groups, usual = {}, hyp(path)
     for line in read_results("hypernet"):
         measured = line["data"] == DATA and not line["dry_run"] and line["file"] != "speed.jsonl"
         if line["script"] == path.name and measured:
-            own = {key: value for key, value in line["hyp"].items() if hyp(path)[key] != value}
+            own = {key: value for key, value in line["hyp"].items() if usual[key] != value}
             flags = " ".join(f"--{key} {value:g}" for key, value in own.items())
             groups.setdefault(flags, []).extend((line, run) for run in line["runs"])
     return groups
@@ -583,13 +583,13 @@ def test_spearman():
 
 def encoder_rows():
     """A row per encoder: its accuracy by each script."""
-    shown = [path for path in (*MAINS, HERE / "asif.py") if scores(path)]
+    shown = {path: found for path in (*MAINS, HERE / "asif.py") if (found := scores(path))}
     probes = {row["encoder"]: (row["cifar10"] + row["cifar100"]) / 2
               for line in read_results("hypernet") if line["script"] == "embed.py" and line["data"] == DATA
               for run in line["runs"] for row in run["epochs"]}
     rows = [["Encoder", "Ridge regression on images %", *(f"{path.stem} %" for path in shown)]]
-    for name in scores(shown[0]) if shown else ():
-        accs = [probes[name], *(scores(path)[name] for path in shown)]
+    for name in next(iter(shown.values()), ()):
+        accs = [probes[name], *(found[name] for found in shown.values())]
         rows.append([name, *(f"{100 * acc:.1f}" for acc in accs)])
     return rows
 
