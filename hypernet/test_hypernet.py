@@ -636,8 +636,8 @@ def speed_rows():
         if lines:
             cells = [mean_std(list(rates[path].values()), 1)]
             for other in MAINS[1:3]:
-                ratios = [rate / rates[other][seed] for seed, rate in rates[path].items()
-                          if seed in rates[other]]
+                base = rates.get(other, {})
+                ratios = [rate / base[seed] for seed, rate in rates[path].items() if seed in base]
                 cells.append(f"{mean_std(ratios, 2)} ({len(ratios)})" if ratios and path != other else "")
             rows.append([named(path, [(line, None) for line in lines]), *cells, machine(lines[-1])])
     return rows
