@@ -11,7 +11,7 @@ The checks of its ideas, the TABLES of its README and FILES, pictures made from 
 test_LADDER.py.
 """
 import ast, concurrent.futures, functools, hashlib, importlib.util, json, os, pathlib, pickle, re, resource
-import shutil, signal, subprocess, sys, tarfile, tempfile, time
+import shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
 
 import pytest
 
@@ -62,6 +62,7 @@ def docstring(path):
     parts = re.split(r"^([A-Z][a-z ]+): ", body.split("\n\n")[0], flags=re.M)
     return dict(zip(parts[1::2], (part.strip() for part in parts[2::2])), title=title, order=parts[1::2])
 
+@functools.cache
 def blocks(path):
     """{name: text} of the top-level statements in order, without the docstring, comments above included."""
     text = path.read_text()
@@ -78,10 +79,12 @@ def blocks(path):
         end = node.end_lineno
     return dict(list(found.items())[1:])
 
+@functools.cache
 def hyp(path):
     """The HYP of a script as JSON holds it."""
     return json.loads(json.dumps(eval(blocks(path)["HYP"].split("HYP =")[1], {"dict": dict})))
 
+@functools.cache
 def changed_lines(before, after):
     """(added, removed) lines between two scripts as git counts them, docstrings left out."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +155,7 @@ def test_imports_are_pinned_and_nothing_local():
 
 # ---------------------------------------------------------------------- tables
 
+@functools.cache
 def read_results(ladder):
     """Lines of results/*.jsonl, each with its file's name."""
     paths = sorted((ROOT / ladder / "results").glob("*.jsonl"))
@@ -188,8 +192,9 @@ def pool(lines, path, device, name=None):
                 mark="" if text == body else " (†)")
 
 def mean_std(values, digits, scale=1.0):
-    mean, std, *_ = load(ALL[0][1]).statistics([value * scale for value in values], 0)
-    return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+    values = [value * scale for value in values]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 def welch(a, b):
     """95 % interval of mean(a) - mean(b), as text; fewer than 10 runs of either say nothing."""
