@@ -299,7 +299,7 @@ def data(tmp_path_factory):
 
 DRY_RUNS = """
 import os, runpy, sys
-import numpy, torch, torchvision, triton  # once, since this takes longer than such a run, for which it forks
+import numpy, torchvision, triton, torch._inductor.compile_fx  # once: takes longer than the runs, which are forks
 data, out, *paths = sys.argv[1:]
 for path in paths:
     name = out + "/" + "-".join(path.split(os.sep)[-2:])
@@ -452,7 +452,17 @@ def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
 
 # ---------------------------------------------------------------------- commands
 
-def main(command, *rest):
+def check(path):
+    """Exit code of the checks of a file, in a process of its own; prints what pytest does once it has ended."""
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", path]
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(f"-- {path.relative_to(ROOT)}\n{done.stdout}", flush=True)
+    return done.returncode
+
+def main(command=None, *rest):
+    if command is None:  # largest files first
+        paths = [ROOT / "test_smoke.py", *ROOT.glob("*/test_*.py")]
+        sys.exit(any(side_by_side(check, sorted(paths, key=lambda path: -path.stat().st_size))))
     if command == "tables":
         for ladder in LADDERS:
             (ROOT / ladder / "README.md").write_text(with_tables(ladder))
@@ -472,7 +482,7 @@ def main(command, *rest):
         module.torch.cuda.is_available() or module.BASE.fail(4, "no usable CUDA GPU")
         module.kernels()
     else:
-        sys.exit(pytest.main([str(ROOT), *([command] if command else []), *rest]))
+        sys.exit(pytest.main([str(ROOT), command, *rest]))
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [None]))
+    main(*sys.argv[1:])

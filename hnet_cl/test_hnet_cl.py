@@ -1176,5 +1176,21 @@ def test_steps_for_speed_dispatch_less():
     by = {number: counts[MAINS[number].stem] for _, number, _ in STEPS}
     assert by[4] < 0.5 * by[3] and by[9] < 0.6 * by[8] and by[11] < by[10], by
 
+def speed_rows():
+    """Milliseconds of a step of the fifth task, of runs made in turns, whose ratios are of one round each."""
+    rows, times = [["Script", "ms a step", "times faster than", "(rounds)", "Machine"]], {}
+    for number, other in ((3, None), (4, 3), (12, 4), (8, None), (9, 8), (10, None), (11, 10)):
+        lines = [line for line in read_results("hnet_cl")
+                 if (line["file"], line["script"]) == ("speed.jsonl", MAINS[number].name)]
+        assert len({json.dumps([line["hyp"], machine(line)]) for line in lines}) <= 1, "speeds do not compare"
+        times[number] = {run["seed"]: run["task_seconds"][-1] / line["hyp"]["n_iter"] * 1e3
+                         for line in lines for run in line["runs"]}
+        ratios = [times[other][seed] / time for seed, time in times[number].items()] if other else []
+        rows.append([f"`{MAINS[number].stem}`", mean_std(list(times[number].values()), 1),
+                     f"`{MAINS[other].stem}`" if other else "",
+                     f"{mean_std(ratios, 2)} ({len(ratios)})" if other else "", machine(lines[-1])]
+                    if lines else [f"`{MAINS[number].stem}`", *["not measured"] * 2, "", ""])
+    return rows
+
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
-    ladder=ladder_rows, operations=operations_rows, budget=budget_rows).items()}
+    ladder=ladder_rows, operations=operations_rows, speed=speed_rows, budget=budget_rows).items()}
