@@ -31,6 +31,7 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "airbench/main9_muon.py": 100,  # an optimizer comes, another one and its lookahead leave
     "airbench/main10_graph.py": 140,  # data, crops and learning rates in buffers that stay in place
     "airbench/main14_augment.py": 70,  # a Triton kernel
+    "airbench/main15_fuse.py": 180,  # two kernels come, another and the built-in set leave
     "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
     "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
     "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
