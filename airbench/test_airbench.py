@@ -60,12 +60,14 @@ def test_published_budget(number):
     assert round(module.count_flops(model, False) / 1e6, 1) == 236.3
 
 @pytest.mark.parametrize("name, nominal, params", [
-    ("train_resnet18", 4.35, 11173962), ("cifar10_fast", 1.14, None), ("hlb_cifar10", 0.60, None)])
+    ("train_resnet18", 4.35, 11173962), ("cifar10_fast", 1.14, None), ("hlb_cifar10", 0.60, None),
+    ("airbench96", 4.90, 9918776)])
 def test_published_budget_of_baselines(name, nominal, params):
     module = baseline(name)
     model = module.make_model(CPU)
     assert round(module.count_pflops(model, 50000, 10000)[0], 2) == nominal
     assert module.count_flops(model, False) == pytest.approx(2 * module.HYP["nominal_macs"], rel=1e-5)
+    assert module.HYP["target"] == (0.96 if name == "airbench96" else 0.94)
     assert params is None or sum(p.numel() for p in model.parameters()) == params
 
 def test_flops_of_frozen_stem():
@@ -113,7 +115,7 @@ def test_crop_equals_slow_reference():
     assert len(set(zip(dy.tolist(), dx.tolist()))) == 25
 
 @pytest.mark.parametrize("name", ["main0_network", "main8_compile", "train_resnet18", "cifar10_fast",
-                                  "hlb_cifar10"])
+                                  "hlb_cifar10", "airbench96"])
 def test_an_epoch_shows_every_image_once(name, monkeypatch):
     module = baseline(name)
     monkeypatch.setitem(module.HYP, "batch_size", 20)
@@ -228,7 +230,7 @@ def test_evaluate_counts_every_image_once(monkeypatch):
     assert module.evaluate(model, pixels, labels, views=1) == 0.75
 
 def test_random_squares():
-    for name, size in (("train_resnet18", 12), ("hlb_cifar10", 3)):
+    for name, size in (("train_resnet18", 12), ("airbench96", 12), ("hlb_cifar10", 3)):
         mask = baseline(name).random_squares(torch.zeros(200, 3, 32, 32), size)
         assert (mask.sum((1, 2, 3)) == size * size).all()
         assert (mask.any(3).sum(2) == size).all() and (mask.any(2).sum(2) == size).all()
@@ -301,7 +303,8 @@ PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder rep
     "main9_muon.py": (2.59, 0.29), "main10_graph.py": (None, None),
     "main11_resize.py": (None, None), "main12_select.py": (None, None),
     "main13_lean.py": (None, None), "main14_augment.py": (None, None), "main15_fuse.py": (None, None),
-    "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60)}
+    "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60),
+    "airbench96.py": (34.7, 4.91)}
 
 def airbench_rows(mains, device):
     """Rows of the airbench tables: the ladder (mains) or the baselines, on 'cuda' or 'cpu', by machine."""

@@ -1,8 +1,10 @@
-"""Checks of the steps past the ablation, from main9 on, each against a slow or independent form of it."""
+"""Checks of the steps past the ablation, from main9 on, and of airbench96, each against a slow or independent
+form of it."""
+import math
 import subprocess
 import sys
 
-from test_airbench import BF16, MAINS, images, main, model_of
+from test_airbench import BF16, MAINS, baseline, by_label, images, main, model_of
 from test_smoke import ENV
 
 import pytest
@@ -319,3 +321,42 @@ model(torch.randn(8, 64, 9, 9).half().to(memory_format=torch.channels_last))
 """
     done = subprocess.run([sys.executable, "-c", code], env=dict(ENV, TORCH_COMPILE_DISABLE="0"))
     assert done.returncode == 0
+
+def test_second_finish_line_crops_flips_and_cuts_out(monkeypatch):
+    """Each image of airbench96 is a crop of the padded one, the other way round in every other epoch, but for
+    a square of 12 pixels that lies in the crop and is 0 on all channels."""
+    module = baseline("airbench96")
+    monkeypatch.setitem(module.HYP, "batch_size", 16)
+    loader, pixels = module.CifarLoader(images(16), torch.arange(16)), module.normalize(images(16))
+    padded, mirrored = F.pad(pixels, [4] * 4, mode="reflect"), []
+    for _ in range(3):
+        epoch = by_label(loader)
+        for image, whole in zip(epoch, padded):
+            square = (image == 0).all(0)
+            assert square.sum() == 144 and square.any(0).sum() == square.any(1).sum() == 12
+            crops = [whole[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
+            found = [flip for crop in crops for flip, view in enumerate((crop, crop.flip(-1)))
+                     if torch.equal(image, view * ~square)]
+            assert len(found) == 1
+            mirrored += found
+    first, second, third = torch.tensor(mirrored).view(3, 16)
+    assert torch.equal(first, 1 - second) and torch.equal(first, third) and 0 < first.sum() < 16
+
+def test_second_finish_line_against_a_slow_form():
+    """A group of airbench96 from its formula, and the settings of its optimizer."""
+    module = baseline("airbench96")
+    model = model_of(module)
+    group, inputs = model.groups[0].eval(), torch.randn(2, 24, 31, 31)
+    def norm(maps, layer):
+        return maps / (1 + 1e-12) ** 0.5 + layer.bias.view(1, -1, 1, 1)
+    for layer in (group.norm1, group.norm2, group.norm3):
+        layer.bias.data.normal_()
+    first = F.gelu(norm(F.max_pool2d(F.conv2d(inputs, group.conv1.weight, padding=1), 2), group.norm1))
+    second = F.gelu(norm(F.conv2d(first, group.conv2.weight, padding=1), group.norm2))
+    slow = F.gelu(first + norm(F.conv2d(second, group.conv3.weight, padding=1), group.norm3))
+    assert slow.shape == (2, 128, 15, 15) and torch.allclose(group(inputs), slow, atol=1e-5)
+    groups = module.make_optimizer(model).param_groups
+    assert [len(group["params"]) for group in groups] == [11, 9]  # nine filters, head, stem's bias; norms
+    assert groups[1]["lr"] == pytest.approx(64 * groups[0]["lr"])
+    curve, total = module.schedule, math.ceil(module.HYP["epochs"] * 48)
+    assert total == 1776 and (curve(0, total), curve(177, total), curve(total, total)) == (0.2, 1.0, 0.0)
