@@ -1,8 +1,10 @@
-"""Checks of the steps past the ablation, from main9 on, each against a slow or independent form of it."""
+"""Checks of the steps past the ablation, from main9 on, and of airbench96, each against a slow or independent
+form of it."""
+import math
 import subprocess
 import sys
 
-from test_airbench import BF16, MAINS, images, main, model_of
+from test_airbench import BF16, MAINS, baseline, by_label, images, main, model_of
 from test_smoke import ENV
 
 import pytest
@@ -209,3 +211,152 @@ source = ASTSource(fn=m._crop_fwd_kernel, signature=types, constexprs=dict(PAD=2
 assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000
 """
     subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
+
+def pooled_maps(n, channels, height, width, dtype=torch.float32, seed=0):
+    """Maps whose channels have means of up to seven deviations."""
+    torch.manual_seed(seed)
+    maps = torch.randn(n, channels, height, width) * 3 + torch.linspace(-20, 20, channels)[:, None, None]
+    return maps.to(dtype, memory_format=torch.channels_last)
+
+def pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch):
+    """Outputs, running statistics, gradients of inputs and bias of main15, in double precision."""
+    norm, inputs = main(15).BatchNorm(inputs.shape[1]), inputs.clone().requires_grad_()
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    norm.bias.data.copy_(bias)
+    outputs = norm.pooled(inputs)
+    outputs.backward(grad.to(outputs.dtype))
+    assert outputs.dtype == inputs.grad.dtype == inputs.dtype
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (outputs, inputs.grad))
+    return [value.detach().double() for value in (
+        outputs, norm.running_mean, norm.running_var, inputs.grad, norm.bias.grad)]
+
+MAPS = [(3, 64, 23, 21), (2, 64, 27, 27), (1, 64, 31, 31), (2, 256, 6, 6), (2, 128, 5, 5), (4, 64, 7, 3)] + [
+    (1, 256, side, side) for side in (11, 13, 15, 7)]  # of all sizes from 24, 28 and 32 pixels, and others
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_fused_norm_equals_its_plain_form(shape, monkeypatch):
+    """In Triton's interpreter: within 1e-5 in fp32, in fp16 no further from fp32 than the plain form is."""
+    inputs, bias = pooled_maps(*shape), torch.randn(shape[1])
+    grad = torch.randn(shape[0], shape[1], shape[2] // 2, shape[3] // 2)
+    exact = pool_norm_gelu(inputs, grad, bias, "", monkeypatch)
+    for name, fast, slow in zip("outputs mean var inputs bias".split(),
+                                pool_norm_gelu(inputs, grad, bias, "1", monkeypatch), exact):
+        assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max(), name
+    inputs, grad = inputs.half(), grad.half()
+    exact = pool_norm_gelu(inputs.float(), grad.float(), bias, "", monkeypatch)
+    fast, slow = (pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch) for interpret in ("1", ""))
+    for name, a, b, c in zip("outputs mean var inputs bias".split(), fast, slow, exact):
+        assert (a - c).abs().max() <= (b - c).abs().max() + 1e-5 * c.abs().max(), name
+
+def test_fused_norm_gives_ties_to_the_first_pixel(monkeypatch):
+    """As torch does; also where a window is all zeros or holds NaN, whose place then takes the gradient."""
+    inputs = torch.randint(3, (4, 64, 9, 9)).float().contiguous(memory_format=torch.channels_last)
+    inputs[0, :, :2, :2] = 0
+    grad, bias = torch.randn(4, 64, 4, 4), torch.zeros(64)
+    fast, slow = (pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch) for interpret in ("1", ""))
+    assert torch.equal(fast[3] != 0, slow[3] != 0) and torch.allclose(fast[3], slow[3], atol=1e-5)
+    assert not fast[3][:, :, 8].any() and not fast[3][..., 8].any()  # cut off by the pooling
+    inputs[1, 5, 3, 2] = float("nan")
+    outputs = pool_norm_gelu(inputs, grad, bias, "1", monkeypatch)[0]
+    assert outputs[:, 5].isnan().all() and outputs.isnan().any(3).any(2).any(0).sum() == 1
+
+def test_fused_statistics_bear_a_large_mean(monkeypatch):
+    """The sum of squares alone would leave nothing of a variance of 1 beside a mean of 4000."""
+    inputs, grad = torch.randn(4, 64, 16, 16) + 4000, torch.randn(4, 64, 8, 8)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    fast = pool_norm_gelu(inputs, grad, torch.zeros(64), "1", monkeypatch)
+    exact = F.max_pool2d(inputs.double(), 2).var((0, 2, 3)) * 0.4 + 0.6
+    assert torch.allclose(fast[2], exact, rtol=1e-4)
+
+def test_last_step_trains_as_the_one_before(monkeypatch):
+    """One step of main15 with its kernels, in the interpreter, against main14 without any."""
+    torch.manual_seed(1)
+    inputs = torch.randn(4, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+    models = [model_of(main(number)) for number in (14, 15)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, interpret in zip(models, ("", "1")):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        F.cross_entropy(model(inputs) * 30, torch.arange(4), reduction="sum").backward()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
+    for (name, value), other in zip(models[0].named_buffers(), models[1].buffers()):
+        assert "running" not in name or torch.allclose(value, other, atol=1e-5), name
+    views = [model.eval()(inputs) for model in models]
+    assert torch.allclose(*views, atol=1e-5)
+
+def test_fused_norm_compiles_for_a_gpu():
+    """To machine code for an H100, without a GPU; and torch.compile takes a group in one piece, from whose
+    outputs the gradient reaches the kernel. In its own process, where nothing is interpreted."""
+    code = f"""
+import os, sys, types, torch, torch.utils._triton, triton
+sys.path.insert(0, {str(MAINS[15].parent)!r})
+import {MAINS[15].stem} as m
+from torch._functorch.aot_autograd import aot_module_simplified
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+target = GPUTarget("cuda", 90, 32)
+for kernel in (m._pool_fwd_kernel, m._pool_bwd_kernel):
+    types_ = {{name: "*fp16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}}
+    types_ |= {{name: kind for name, kind in dict(tap_ptr="*i8", part_ptr="*fp32", stat_ptr="*fp32").items()
+               if name in types_}}
+    source = ASTSource(fn=kernel, signature=types_)
+    assert len(triton.compile(source, target=target, options=dict(num_warps=16)).asm["cubin"]) > 1000
+os.environ["TRITON_INTERPRET"] = "1"  # now kernels are taken on a CPU, but as they are
+torch.utils._triton.has_triton = lambda: True
+triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
+def check(joint, *_, **__):
+    reached, kernels = set(), []
+    for node in joint.graph.nodes:
+        if node.name.startswith("tangents") or reached & set(node.all_input_nodes):
+            reached.add(node)
+        if "triton" in str(node.target):
+            kernels.append(node in reached)
+    assert kernels == [False, True], kernels
+    os._exit(0)
+model = m.ConvGroup(64, 64).half()
+model.norm1.float(), model.norm2.float()
+model.compile(dynamic=False, fullgraph=True, backend=lambda graph, inputs: aot_module_simplified(
+    graph, inputs, fw_compiler=None, bw_compiler=None, partition_fn=check))
+model(torch.randn(8, 64, 9, 9).half().to(memory_format=torch.channels_last))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=dict(ENV, TORCH_COMPILE_DISABLE="0"))
+    assert done.returncode == 0
+
+def test_second_finish_line_crops_flips_and_cuts_out(monkeypatch):
+    """Each image of airbench96 is a crop of the padded one, the other way round in every other epoch, but for
+    a square of 12 pixels that lies in the crop and is 0 on all channels."""
+    module = baseline("airbench96")
+    monkeypatch.setitem(module.HYP, "batch_size", 16)
+    loader, pixels = module.CifarLoader(images(16), torch.arange(16)), module.normalize(images(16))
+    padded, mirrored = F.pad(pixels, [4] * 4, mode="reflect"), []
+    for _ in range(3):
+        epoch = by_label(loader)
+        for image, whole in zip(epoch, padded):
+            square = (image == 0).all(0)
+            assert square.sum() == 144 and square.any(0).sum() == square.any(1).sum() == 12
+            crops = [whole[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
+            found = [flip for crop in crops for flip, view in enumerate((crop, crop.flip(-1)))
+                     if torch.equal(image, view * ~square)]
+            assert len(found) == 1
+            mirrored += found
+    first, second, third = torch.tensor(mirrored).view(3, 16)
+    assert torch.equal(first, 1 - second) and torch.equal(first, third) and 0 < first.sum() < 16
+
+def test_second_finish_line_against_a_slow_form():
+    """A group of airbench96 from its formula, and the settings of its optimizer."""
+    module = baseline("airbench96")
+    model = model_of(module)
+    group, inputs = model.groups[0].eval(), torch.randn(2, 24, 31, 31)
+    def norm(maps, layer):
+        return maps / (1 + 1e-12) ** 0.5 + layer.bias.view(1, -1, 1, 1)
+    for layer in (group.norm1, group.norm2, group.norm3):
+        layer.bias.data.normal_()
+    first = F.gelu(norm(F.max_pool2d(F.conv2d(inputs, group.conv1.weight, padding=1), 2), group.norm1))
+    second = F.gelu(norm(F.conv2d(first, group.conv2.weight, padding=1), group.norm2))
+    slow = F.gelu(first + norm(F.conv2d(second, group.conv3.weight, padding=1), group.norm3))
+    assert slow.shape == (2, 128, 15, 15) and torch.allclose(group(inputs), slow, atol=1e-5)
+    groups = module.make_optimizer(model).param_groups
+    assert [len(group["params"]) for group in groups] == [11, 9]  # nine filters, head, stem's bias; norms
+    assert groups[1]["lr"] == pytest.approx(64 * groups[0]["lr"])
+    curve, total = module.schedule, math.ceil(module.HYP["epochs"] * 48)
+    assert total == 1776 and (curve(0, total), curve(177, total), curve(total, total)) == (0.2, 1.0, 0.0)

@@ -269,7 +269,7 @@ def moved(module, net, **values):
 
 def penalty_slow(net, before, after, tasks):
     """Weight by weight"""
-    total, kept = 0.0, {}
+    total = 0.0
     for old in tasks:
         now, then = after(old), before(old).detach()
         place = 0
