@@ -303,7 +303,7 @@ def data(tmp_path_factory):
 
 DRY_RUNS = """
 import os, runpy, sys
-import numpy, torchvision, triton, torch._inductor.compile_fx  # once: takes longer than the runs, which are forks
+import numpy, torchvision, triton, torch._inductor.compile_fx  # once, which takes longer than a run: a fork
 data, out, *paths = sys.argv[1:]
 for path in paths:
     name = out + "/" + "-".join(path.split(os.sep)[-2:])
@@ -311,8 +311,8 @@ for path in paths:
         os.waitpid(child, 0)[1] and sys.exit(f"{path} failed")
         continue
     os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT), 1)
-    for more in ("--runs=2", "--seed=1"):
-        sys.argv = [path, "--device=cpu", "--dry-run", "--data", data, "--out", f"{name}.jsonl", more]
+    for more in (["--runs=2"], ["--seed=1", "--no-compile"]):  # what compiles warms up, which leaves no trace
+        sys.argv = [path, "--device=cpu", "--dry-run", "--data", data, "--out", f"{name}.jsonl", *more]
         runpy.run_path(path, run_name="__main__")
     sys.exit()"""
 
@@ -457,7 +457,7 @@ def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
 # ---------------------------------------------------------------------- commands
 
 def check(path):
-    """Exit code of the checks of a file, in a process of its own; prints what pytest does once it has ended."""
+    """Exit code of the checks of a file in a process of its own, whose output is printed at its end."""
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", path]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(f"-- {path.relative_to(ROOT)}\n{done.stdout}", flush=True)
