@@ -1,6 +1,6 @@
 """Checks of all ladders, and the tables of their READMEs.
 
-    python test_smoke.py                               every check, those in the ladders' folders too
+    python test_smoke.py                               every check, those in the ladders' folders too, by file
     python test_smoke.py tables                        rewrite README tables and Result lines from results/
     python test_smoke.py short SCRIPT EPOCHS [FLAG..]  run SCRIPT with fewer epochs, all else as it is, for
                                                        results/short.jsonl unless --out is given
@@ -255,6 +255,10 @@ def test_readmes_point_at_files():
             assert (path.parent / target).exists(), f"{path} links to {target}"
         for target in re.findall(r"(?:python|diff --no-index.*?) (\w+/\w+\.py)", text):
             assert (ROOT / target).exists(), f"{path} names {target}"
+
+def test_results_name_no_machine_path():
+    for line in [line for ladder in LADDERS for line in read_results(ladder)]:
+        assert not re.search(r'"(--\w+=)?[/~]', json.dumps(line.get("argv", []))), line["file"]
 
 def test_tables_refuse_what_is_no_result():
     path = ROOT / "airbench" / "main0_network.py"

@@ -309,7 +309,8 @@ class Conv(nn.Conv2d):
         self.weight.data[:self.in_channels] = F.pad(identity, (1, 1, 1, 1)).to(self.weight.dtype)
 
 class PoolNormGelu(torch.autograd.Function):
-    """BatchNorm.pooled() in training: outputs, mean, biased variance. Kernels do what nothing else fuses"""
+    """Maps [N, C, H, W], C a multiple of 64, and bias [C] -> outputs of BatchNorm.pooled() in training, mean
+    and biased variance [C]; kernels do what nothing else fuses."""
     @staticmethod
     def forward(ctx, inputs, bias):
         (n, channels, height, width), ctx.shape = inputs.shape, inputs.shape
