@@ -35,13 +35,13 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
     "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
     "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
-    "hnet_cl/main12_gram.py": 80,
+    "hnet_cl/main12_gram.py": 80, "hnet_cl/main14_seeds.py": 175,  # that and the bookkeeping of all runs
     "hnet_cl/main13_graph.py": 105}  # the body of the loop becomes a step that a GPU can replay
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
     "airbench/main15_fuse.py": 685,  # and two more of them
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
-    "hnet_cl": 1250,  # four main networks, splits and checkpoints come before the first idea
+    "hnet_cl": 1290,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 MAINS = [path for _, path in scripts("hnet_cl") if path.name.startswith("main")]
 LOADED = [load(path) for path in MAINS]
 FINETUNE, FULL, CHUNKED, REG, BATCHED, GAIN, STRUCTURE, INFER, BBB, SAMPLES, SSGE, CLOSED, GRAM, *_ = LOADED
-GRAPH, LAST = LOADED[13], LOADED[-1]
+GRAPH, SEEDS = LOADED[13:]
 
 @contextlib.contextmanager
 def settings(module, **values):
@@ -59,7 +59,7 @@ def flags_of(kind, split):
 
 @pytest.mark.parametrize("kind, split", SIZES)
 def test_published_sizes_of_main_networks(kind, split):
-    for module in (FINETUNE, LAST):
+    for module in (FINETUNE, SEEDS):
         with settings(module, **flags_of(kind, split)) as net:
             assert net.size == SIZES[kind, split] == sum(map(math.prod, net.shapes))
             assert len(net.shapes) == dict(resnet=126, wrn=80, iresnet=61)[kind]
@@ -729,7 +729,7 @@ def test_without_noise_all_scripts_are_main9():
                 before, after_, stats = moved(module, net)
                 kept = module.take_reference(net, before, 3)
                 noise = module.draw_noise(net, 2, CPU, 3).double()
-                chosen = torch.tensor([0, 2]) if module is GRAPH else [0, 2]
+                chosen = torch.tensor([0, 2]) if module in LOADED[13:] else [0, 2]
                 loss, terms = module.objective(net, after_, stats, 3, *batch(net), kept, chosen, noise)
                 found.append((*with_gradient(loss, after_), terms[:3], stats))
         for other in found[1:]:
@@ -742,7 +742,7 @@ def test_scripts_with_noise_compute_the_same():
         with settings(module, kl_scale=1.0) as net:
             before, after_, stats = moved(module, net)
             kept, noise = module.take_reference(net, before, 3), module.draw_noise(net, 4, CPU, 3).double()
-            chosen = torch.arange(3) if module is GRAPH else [0, 1, 2]
+            chosen = torch.arange(3) if module in LOADED[13:] else [0, 1, 2]
             loss, terms = module.objective(net, after_, stats, 3, *batch(net), kept, chosen, noise)
             found.append((*with_gradient(loss, after_), terms, stats))
     for other in found[1:]:
@@ -794,13 +794,17 @@ WAYS = [dict(imp_hnet_type="none", mean_only=True, chmlp_chunk_size=250), {}, di
     imp_hnet_type="none", chmlp_chunk_size=540, disable_data_augmentation=False, clip_grad_norm=1.0)]
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that are dispatched, and where their tensors are"""
-    names, devices = (), frozenset()
+    """Names of the operations that are dispatched, where their tensors are, with and without dimensions, and
+    the copies from one device to another"""
+    names, devices, numbers, moves = (), frozenset(), frozenset(), ()
     def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
+        result, name = func(*args, **kwargs or {}), func.overloadpacket.__name__
         leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
-        self.devices |= {x.device.type for x in leaves if torch.is_tensor(x)}
-        self.names += (func.overloadpacket.__name__,)
+        places = [(x.device.type, x.ndim) for x in leaves if torch.is_tensor(x)]
+        self.devices |= {device for device, dimensions in places if dimensions}
+        self.numbers |= {device for device, dimensions in places if not dimensions}
+        self.moves += (name,) if "copy" in name and len(dict(places)) > 1 else ()
+        self.names += (name,)
         return result
 
 # ---------------------------------------------------------------------- the flags of the original
@@ -993,15 +997,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(path, data, tmp_path):
     assert code == 3 and "cannot resume from none.pt" in text
     assert other == 2 and "another lr" in words
 
-def test_runs_of_main13_are_those_of_main12(data, tmp_path):
-    """But for rounding, to which steps of Adam on gradients about 0 give weight"""
+def test_runs_of_main13_and_main14_are_those_of_main12(data, tmp_path):
+    """But for rounding, to which steps of Adam on gradients about 0 give weight. main14 has another run
+    beside, and counts groups of convolutions as they are. What belongs to other seeds is refused."""
     for number, way in enumerate(WAYS):
-        folders = [tmp_path / f"{number}-{path.stem}" for path in MAINS[12:14]]
-        whole(*((path, flags(data, folder, hnet_reg_batch_size=1), lambda module: module.HYP.update(way))
-                for path, folder in zip(MAINS[12:], folders)))
-        (rows, flops), (others, same) = map(outcome, folders)
-        rows, others = ([row[term] for row in part for term in GRAPH.TERMS] for part in (rows, others))
-        assert flops == same and rows == pytest.approx(others, rel=1e-3)
+        folders = [tmp_path / f"{number}-{path.stem}" for path in MAINS[12:15]]
+        whole(*((path, [*flags(data, folder, hnet_reg_batch_size=1), f"--runs={1 + (path == MAINS[14])}"],
+                 lambda module: module.HYP.update(way)) for path, folder in zip(MAINS[12:], folders)))
+        first, *others = [json.loads((folder / "o.jsonl").read_text())["runs"] for folder in folders]
+        terms = lambda run: [row[term] for row in run["epochs"] for term in GRAPH.TERMS]
+        for runs in others:
+            assert terms(runs[0]) == pytest.approx(terms(first[0]), rel=1e-3)
+        graph, seeds = (runs[0]["flops"] for runs in others)
+        assert graph == first[0]["flops"] and (seeds == graph if number == 0 else seeds < graph)
+        assert [run["seed"] for run in runs] == [0, 1] and terms(runs[1]) != terms(runs[0])
+        assert len({run["time_seconds"] for run in runs}) == 1
+    found, = (tmp_path / "1-main14_seeds").glob("seed0-1/checkpoint-0030000000.pt")
+    (code, text), = forks((MAINS[14], [*flags(data, tmp_path, hnet_reg_batch_size=1), f"--resume={found}"]))
+    assert code == 2 and "is one of seeds [0, 1], not [0]" in text
 
 def test_full_disk_and_bad_loss(data, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, 1 << 17))
