@@ -46,8 +46,8 @@ torch.backends.cudnn.benchmark = True
 #              Hyperparameters              #
 #############################################
 HYP = dict(
-    epochs=8.875,           # the last one may be partial
-    sizes=((0, 24), (3, 28), (6, 32)),  # (from this epoch on, pixels of a side)
+    epochs=10.0,            # the last one may be partial
+    sizes=((0, 24), (4, 28), (7, 32)),  # (from this epoch on, pixels of a side)
     batch_size=2000,        # the smaller batch at the end of an epoch is dropped
     muon_lr=0.24,           # of the 3x3 filters; all learning rates fall to 0 in a straight line
     muon_momentum=0.6,      # Nesterov

@@ -1199,14 +1199,15 @@ def test_steps_for_speed_dispatch_less():
     assert by[4] < 0.5 * by[3] and by[9] < 0.6 * by[8] and by[11] < by[10], by
 
 def speed_rows():
-    """Milliseconds of a step of the fifth task, of runs made in turns, whose ratios are of one round each."""
+    """Milliseconds of a step of the fifth task and a seed, of runs made in turns; a ratio is one of a round."""
     rows, times = [["Script", "ms a step", "times faster than", "(rounds)", "Machine"]], {}
-    for number, other in ((3, None), (4, 3), (12, 4), (8, None), (9, 8), (10, None), (11, 10)):
+    for number, other in [(3, None), (4, 3), (12, 4), (8, None), (9, 8), (10, None), (11, 10), (13, None),
+                          (14, 13)]:
         lines = [line for line in read_results("hnet_cl")
                  if (line["file"], line["script"]) == ("speed.jsonl", MAINS[number].name)]
         assert len({json.dumps([line["hyp"], machine(line)]) for line in lines}) <= 1, "speeds do not compare"
-        times[number] = {run["seed"]: run["task_seconds"][-1] / line["hyp"]["n_iter"] * 1e3
-                         for line in lines for run in line["runs"]}
+        times[number] = {line["runs"][0]["seed"]: np.mean([run["task_seconds"][-1] for run in line["runs"]])
+                         / line["hyp"]["n_iter"] * 1e3 for line in lines}
         ratios = [times[other][seed] / time for seed, time in times[number].items()] if other else []
         rows.append([f"`{MAINS[number].stem}`", mean_std(list(times[number].values()), 1),
                      f"`{MAINS[other].stem}`" if other else "",
