@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 MAINS = [path for _, path in scripts("hypernet") if path.name.startswith("main")]
-SEPARATE, BATCHED, HYPER, NORM, COSINE, INIT, BASIS, FAST, SEARCH = LOADED = [load(path) for path in MAINS]
+LOADED = [load(path) for path in MAINS]
+SEPARATE, BATCHED, HYPER, NORM, COSINE, INIT, BASIS, FAST, SEARCH, SIGNED = LOADED
 ASIF, EMBED = (load(HERE / f"{name}.py") for name in ("asif", "embed"))
 
 @contextlib.contextmanager
@@ -223,14 +224,30 @@ def test_fast_script_computes_what_main6_does(pairs):
         for ours, theirs in zip(results[1][name], connector):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
+def test_mixtures_of_either_sign_are_farther_apart(pairs):
+    """Encoders start as mixtures whose Gram matrix is better conditioned, and with the same spread."""
+    least, spread = collections.Counter(), collections.Counter()
+    for seed, module in itertools.product(range(5), (SEARCH, SIGNED)):
+        torch.manual_seed(seed)
+        model = module.Connectors(pairs.families(), pairs.text.shape[1])
+        codes = torch.cat([model.encoder_code.weight[first:end] + code for first, end, code in zip(
+            model.firsts, model.firsts[1:], model.width_code.weight)])
+        mixtures = F.normalize(model.heads[0][:-1](codes).detach())
+        assert (mixtures < -0.05).any() == (module is SIGNED)
+        least[module] += torch.linalg.eigvalsh(mixtures @ mixtures.T)[0].item()
+        spread[module] += sum(model(family)[0].std().item() for family in range(len(model.families)))
+    assert least[SIGNED] > 1.3 * least[SEARCH] and spread[SIGNED] == pytest.approx(spread[SEARCH], rel=0.1)
+
 @pytest.fixture(scope="module")
 def trained(pairs):
     """{script: its connectors after a short run}"""
-    found = {}
-    for module in LOADED[1:7]:
+    found, fast = {}, SIGNED.load_pairs("synthetic", False)
+    fast.to(CPU)
+    for module in (*LOADED[1:7], SIGNED):
+        source, more = (fast, [module.all_losses]) if module is SIGNED else (pairs, [])
         with settings(module, steps=120, batch_size=128):
             torch.manual_seed(0)
-            found[module] = module.fit(pairs.families(), pairs, 0, CPU)[0]
+            found[module] = module.fit(source.families(), source, 0, CPU, *more)[0]
     return found
 
 def accuracy(connectors, pairs):
