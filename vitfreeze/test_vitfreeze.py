@@ -817,7 +817,8 @@ def control_scores(cost, found):
     return {seed: float(np.interp(cost, costs, [values[seed] for values, _ in lengths])) for seed in seeds}
 
 def downstream_scores(one, two):
-    """[({seed: %}, TFLOPs)] of both settings, of lines that agree in all else; most seeds, then latest"""
+    """[({(checkpoint, seed): %}, TFLOPs)] of both settings, of lines that agree in all else, the checkpoint
+    too, of those from checkpoints that differ by their seed alone; most runs, then latest"""
     groups, (own, others) = {}, (dict(re.findall(r"--(\w+) (\S+)", flags)) for _, flags in (one, two))
     lines = [[line for line in lines_of(HERE / f"{name}.py", name) if line["hyp"].get("pretrained") and all(
         written(line["hyp"][key]) == value for key, value in wanted.items())]
@@ -825,10 +826,12 @@ def downstream_scores(one, two):
     for line, other in ((line, other) for line in lines[0] for other in lines[1]):
         shared = (line["hyp"].keys() & other["hyp"].keys()) - own.keys() - others.keys()
         if all(line["hyp"][key] == other["hyp"][key] for key in shared):
-            key = json.dumps({key: line["hyp"][key] for key in sorted(shared)})
+            source = line["hyp"]["pretrained"]
+            kind = {key: value for key, value in source.items() if key not in ("seed", "sha256")}
+            key = json.dumps([kind, {key: line["hyp"][key] for key in sorted(shared - {"pretrained"})}])
             pair = groups.setdefault(key, [({}, 1000 * part["pflops"]) for part in (line, other)])
             for (values, _), part in zip(pair, (line, other)):
-                values.update({run["seed"]: 100 * run["acc"] for run in part["runs"]})
+                values.update({(source["sha256"], run["seed"]): 100 * run["acc"] for run in part["runs"]})
     return max(reversed(groups.values()), default=[({}, None)] * 2, key=lambda pair: len(
         pair[0][0].keys() & pair[1][0].keys()))
 
@@ -973,8 +976,9 @@ def frontier_line(number, accs, tflops, epochs=LENGTH, **own):
     values = dict(RUNS, epochs=epochs, warmup_epochs=epochs / 10)
     return result_line(MAINS[number], dict(values, **own), accs, tflops)
 
-def tuning_line(name, accs, checkpoint="a", **own):
-    return result_line(HERE / f"{name}.py", dict(own, pretrained=checkpoint), accs, 5.0, name)
+def tuning_line(name, accs, checkpoint="a", step=1, **own):
+    source = dict(step=step, seed=ord(checkpoint), sha256=checkpoint)
+    return result_line(HERE / f"{name}.py", dict(own, pretrained=source), accs, 5.0, name)
 
 def test_control_is_drawn_between_the_lengths_of_main4(monkeypatch):
     lines = [frontier_line(4, [0.4, 0.42], 20.0, 4.0), frontier_line(4, [0.5], 40.0, 8.0),
@@ -1005,6 +1009,8 @@ def test_questions_are_answered_by_intervals(monkeypatch):
         frontier_line(6, [0.36, 0.37, 0.376], 16.0), frontier_line(5, [0.1] * 3, 16.0, 4.0),
         tuning_line("finetune", [0.5, 0.6, 0.7]), tuning_line("finetune", [0.1] * 3, "b"),
         tuning_line("finetune_freeze", [0.52, 0.61]), tuning_line("finetune_freeze", [0.9], mixup=0.0),
+        tuning_line("finetune_multi", [0.53], "a"), tuning_line("finetune_multi", [0.15], "b"),
+        tuning_line("finetune_multi", [0.1] * 3, "c"), tuning_line("finetune", [0.0] * 3, "b", 2),
         tuning_line("linprobe", [0.5, 0.6, 0.7]), tuning_line("linprobe", [0.51, 0.6101, 0.71], blr=2.0))
     assert found["O3"] == [
         "`--epochs 2`: not measured; `main4`: 10.0 ± 0.0 (3), 20.0 against 10.0 TFLOPs",
@@ -1020,6 +1026,7 @@ def test_questions_are_answered_by_intervals(monkeypatch):
     assert found["N2"][0].endswith("; `--warmup_epochs 0`: 53.0 (1), 30.0 against 16.0 TFLOPs")
     assert found["N2"][1].endswith("; `--warmup_epochs 0`: no difference shown at n = 1")
     assert found["T8"] == ["1.5 ± 0.7 (2)", "no difference shown at n = 2"]
+    assert found["T9"] == ["4.0 ± 1.4 (2)", "no difference shown at n = 2"]
     assert found["T12"][0] == "`--blr 0.5`: not measured; `--blr 2`: 1.0 ± 0.0 (3)"
     for spread, wanted in ((0.40, "yes"), (0.405, "no difference")):  # half of it is 2.484 times that, of 1
         points = [1 - spread, 1.0, 1 + spread]
