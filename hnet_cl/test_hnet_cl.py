@@ -1199,7 +1199,7 @@ def test_steps_for_speed_dispatch_less():
     assert by[4] < 0.5 * by[3] and by[9] < 0.6 * by[8] and by[11] < by[10], by
 
 def speed_rows():
-    """Milliseconds of a step of the fifth task and a seed, of runs made in turns; a ratio is one of a round."""
+    """Milliseconds of a step of the fifth task for a seed, of runs made in turns; a ratio is of a round."""
     rows, times = [["Script", "ms a step", "times faster than", "(rounds)", "Machine"]], {}
     for number, other in [(3, None), (4, 3), (12, 4), (8, None), (9, 8), (10, None), (11, 10), (13, None),
                           (14, 13)]:
