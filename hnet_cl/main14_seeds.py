@@ -1116,7 +1116,7 @@ def train(args, folder, net, tasks, seeds, device):
             loss = (sums[run] / max(done, 1)).tolist()
             math.isfinite(sum(loss)) or fail(
                 1, f"the loss is {sum(loss)} in run {run}, task {task + 1}, by step {done}")
-            return dict(run=run, task=task + 1, **dict(zip(TERMS, loss)), **more)
+            return dict(task=task + 1, **dict(zip(TERMS, loss)), **more)
         def save(task, step):
             timer.lap("train")
             save_checkpoint(folder, dict(
@@ -1145,7 +1145,8 @@ def train(args, folder, net, tasks, seeds, device):
                 spent = timer.lap("train") - start
                 left = spent * (steps * (len(tasks) - task) / done - 1)
                 for run in range(count):
-                    print_training_details(COLUMNS, row(run, seconds=spent / count, minutes_left=left / 60))
+                    columns = dict(run=run, seconds=spent / count, minutes_left=left / 60)
+                    print_training_details(COLUMNS, row(run, **columns))
             if stop or done % HYP["save_steps"] == 0:
                 save(task, done)
             stop and fail(143, f"stopped after {done} of {steps} steps of task {task + 1}; the same command "
@@ -1155,10 +1156,10 @@ def train(args, folder, net, tasks, seeds, device):
         during.append((made, stats[:, task].clone()))
         rows.append([row(run) for run in range(count)])
         left = (len(tasks) - task - 1) * seconds[-1] * count / 60
-        for then, one in zip(zip(*during[-1]), rows[-1]):
+        for run, then, one in zip(range(count), zip(*during[-1]), rows[-1]):
             if HYP["val_set_size"]:
                 one["val_acc"] = accuracy(net, *then, tasks[task]["val"], task)
-            print_training_details(COLUMNS, dict(one, seconds=seconds[-1], minutes_left=left))
+            print_training_details(COLUMNS, dict(one, run=run, seconds=seconds[-1], minutes_left=left))
         timer.lap("eval")
         sums = torch.zeros_like(sums)
         save(task + 1, 0)
@@ -1168,10 +1169,10 @@ def train(args, folder, net, tasks, seeds, device):
         mine, then = [row[run] for row in rows], [(made[run], own[run]) for made, own in during]
         for row, more in zip(mine, final_tests(net, one_seed(model, run), stats[run], tasks, then)):
             row.update(more)
-        names = [name for name in COLUMNS if name in mine[0] and name not in ("run", "task")]
+        names = [name for name in COLUMNS if name in mine[0] and name != "task"]
         mean = {name: float(np.mean([row[name] for row in mine])) for name in names}
-        for row in (*mine, dict(mean, run=run, task="mean", seconds=timer["train"] / count)):
-            print_training_details(COLUMNS, row)
+        for row in (*mine, dict(mean, task="mean", seconds=timer["train"] / count)):
+            print_training_details(COLUMNS, dict(row, run=run))
         runs.append(dict(acc=mean["test_final"], time_seconds=timer["train"] / count, seed=seed, epochs=mine,
                          mean=mean, forgetting=mean["test_during"] - mean["test_final"],
                          task_seconds=seconds, flops=sum(flops.values()) / count))
