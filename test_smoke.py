@@ -35,8 +35,8 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
     "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
     "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
-    "hnet_cl/main12_gram.py": 80, "hnet_cl/main14_seeds.py": 175,  # that and the bookkeeping of all runs
-    "hnet_cl/main13_graph.py": 105}  # the body of the loop becomes a step that a GPU can replay
+    "hnet_cl/main12_gram.py": 80, "hnet_cl/main13_graph.py": 105,  # the loop's body becomes a step to replay
+    "hnet_cl/main14_seeds.py": 175}  # that step, and the bookkeeping of a run, are of all seeds
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
     "airbench/main15_fuse.py": 685,  # and two more of them

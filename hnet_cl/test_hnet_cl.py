@@ -1133,6 +1133,11 @@ def lines_of(path, own):
     kind = lambda line: (line["sha256"], machine(line))
     return [line for line in lines if kind(line) == kind(lines[-1])]
 
+def mark(path, lines):
+    """What marks lines that an earlier text of the script wrote"""
+    body = hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
+    return " (†)" * any(line["sha256"] != body for line in lines)
+
 def ladder_rows():
     """A row per step, main3 without its penalty too, and main5 on ResNet-32."""
     rows = [["Script", "Adds", "Diff", "During %", "Final %", "Forgetting %", "Task-inferred %", "Weights",
@@ -1143,7 +1148,6 @@ def ladder_rows():
             lines, cells = lines_of(path, own), ["not measured"] * 6 + ["", "", "", ""]
             if lines:
                 runs = [run for line in lines for run in line["runs"]]
-                body = path.read_text().split('"""', 2)[2]
                 mean = lambda key: mean_std([run["mean"][key] for run in runs], 1, 100)
                 cells = [mean("test_during"), mean("test_final"),
                          mean_std([run["forgetting"] for run in runs], 1, 100),
@@ -1151,8 +1155,7 @@ def ladder_rows():
                          f"{lines[-1]['hnet_weights']:,}", f"{lines[-1]['ratio']:.3f}",
                          mean_std([seconds for run in runs for seconds in run["task_seconds"]], 1),
                          f"{max(line['peak_mib'] for line in lines):.0f}", str(len(runs)), machine(lines[-1])]
-                old = hashlib.sha256(body.encode()).hexdigest() != lines[-1]["sha256"]
-                cells[-2] += " (†)" * old
+                cells[-2] += mark(path, lines)
             flags = "".join(f" `--{key} {str(value).removesuffix('.0')}`" for key, value in own.items())
             rows.append([f"`{path.name}`{flags}", docstring(path)["Adds"].removeprefix("the baseline: "),
                          diff if not own else "", *cells])
@@ -1209,7 +1212,8 @@ def speed_rows():
         times[number] = {line["runs"][0]["seed"]: np.mean([run["task_seconds"][-1] for run in line["runs"]])
                          / line["hyp"]["n_iter"] * 1e3 for line in lines}
         ratios = [times[other][seed] / time for seed, time in times[number].items()] if other else []
-        rows.append([f"`{MAINS[number].stem}`", mean_std(list(times[number].values()), 1),
+        rows.append([f"`{MAINS[number].stem}`",
+                     mean_std(list(times[number].values()), 1) + mark(MAINS[number], lines),
                      f"`{MAINS[other].stem}`" if other else "",
                      f"{mean_std(ratios, 2)} ({len(ratios)})" if other else "", machine(lines[-1])]
                     if lines else [f"`{MAINS[number].stem}`", *["not measured"] * 2, "", ""])

@@ -958,8 +958,10 @@ def probes_rows():
             random = groups.get((settings_, f"{group[0][0]['hyp']['size']}, random weights"), [])
             pairs = [accs[run["seed"]] - run["acc"] for _, run in random if run["seed"] in accs]
             against = f"{mean_std(pairs, 2, 100)} ({len(pairs)})" if pairs and random is not group else ""
-            values = json.loads(settings_)
-            rows.append([named(path, [line for line, _ in group]), f"{values['epochs']:g}",
+            values, usual = json.loads(settings_), json.loads(next(iter(groups))[0])
+            own = "".join(f" `--{key} {written(value)}`" for key, value in values.items() if key not in (
+                "epochs", "warmup_epochs", "batch_size", "blr") and usual[key] != value)
+            rows.append([named(path, [line for line, _ in group]) + own, f"{values['epochs']:g}",
                          str(values["batch_size"] * values["accum_iter"]), name,
                          mean_std([*accs.values()], 2, 100), str(len(accs)), against, machine(group[-1][0])])
     return rows
