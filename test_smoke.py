@@ -39,7 +39,7 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hnet_cl/main14_seeds.py": 175}  # that step, and the bookkeeping of a run, are of all seeds
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
-    "airbench/main15_fuse.py": 685,  # and two more of them
+    "airbench/main15_fuse.py": 685, "airbench/main16_silu.py": 685,  # and two more of them
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
     "hnet_cl": 1290,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders

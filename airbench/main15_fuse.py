@@ -1,7 +1,7 @@
 """main15_fuse.py -- CIFAR-10 to 94 % test accuracy.
 
 Adds: max-pool, batch norm and GELU in two Triton kernels that spare passes over maps
-Changes: _windows _pool_fwd_kernel _pool_bwd_kernel PoolNormGelu BatchNorm ConvGroup
+Changes: _windows _pool_fwd_kernel _pool_bwd_kernel PoolNormAct BatchNorm ConvGroup
 Result: not measured
 Vs previous: not measured
 Source: the idea of fusing them is common (CIFAR-100 speedruns do); kernels and plain form written afresh.
@@ -308,7 +308,7 @@ class Conv(nn.Conv2d):
         identity = torch.eye(self.in_channels, device=self.weight.device)[:, :, None, None]
         self.weight.data[:self.in_channels] = F.pad(identity, (1, 1, 1, 1)).to(self.weight.dtype)
 
-class PoolNormGelu(torch.autograd.Function):
+class PoolNormAct(torch.autograd.Function):
     """Maps [N, C, H, W], C a multiple of 64, and bias [C] -> outputs of BatchNorm.pooled() in training, mean
     and biased variance [C]; kernels do what nothing else fuses."""
     @staticmethod
@@ -351,7 +351,7 @@ class BatchNorm(nn.BatchNorm2d):
         if not self.training or not (inputs.is_cuda or inputs.is_cpu and os.environ.get("TRITON_INTERPRET")):
             return F.gelu(self(F.max_pool2d(inputs, 2)))
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        outputs, mean, var = PoolNormGelu.apply(inputs, self.bias)
+        outputs, mean, var = PoolNormAct.apply(inputs, self.bias)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var / (1 - 1 / outputs[:, 0].numel()), self.momentum)  # unbiased
         return outputs

@@ -218,9 +218,9 @@ def pooled_maps(n, channels, height, width, dtype=torch.float32, seed=0):
     maps = torch.randn(n, channels, height, width) * 3 + torch.linspace(-20, 20, channels)[:, None, None]
     return maps.to(dtype, memory_format=torch.channels_last)
 
-def pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch):
-    """Outputs, running statistics, gradients of inputs and bias of main15, in double precision."""
-    norm, inputs = main(15).BatchNorm(inputs.shape[1]), inputs.clone().requires_grad_()
+def pool_norm_act(inputs, grad, bias, interpret, monkeypatch, number=15):
+    """Outputs, running statistics, gradients of inputs and bias, in double precision."""
+    norm, inputs = main(number).BatchNorm(inputs.shape[1]), inputs.clone().requires_grad_()
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     norm.bias.data.copy_(bias)
     outputs = norm.pooled(inputs)
@@ -233,18 +233,18 @@ def pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch):
 MAPS = [(3, 64, 23, 21), (2, 64, 27, 27), (1, 64, 31, 31), (2, 256, 6, 6), (2, 128, 5, 5), (4, 64, 7, 3)] + [
     (1, 256, side, side) for side in (11, 13, 15, 7)]  # of all sizes from 24, 28 and 32 pixels, and others
 
-@pytest.mark.parametrize("shape", MAPS, ids=str)
-def test_fused_norm_equals_its_plain_form(shape, monkeypatch):
+@pytest.mark.parametrize("shape, number", [(shape, 15) for shape in MAPS] + [(MAPS[0], 16), (MAPS[3], 16)])
+def test_fused_norm_equals_its_plain_form(shape, number, monkeypatch):
     """In Triton's interpreter: within 1e-5 in fp32, in fp16 no further from fp32 than the plain form is."""
     inputs, bias = pooled_maps(*shape), torch.randn(shape[1])
     grad = torch.randn(shape[0], shape[1], shape[2] // 2, shape[3] // 2)
-    exact = pool_norm_gelu(inputs, grad, bias, "", monkeypatch)
-    for name, fast, slow in zip("outputs mean var inputs bias".split(),
-                                pool_norm_gelu(inputs, grad, bias, "1", monkeypatch), exact):
+    exact = pool_norm_act(inputs, grad, bias, "", monkeypatch, number)
+    pooled = pool_norm_act(inputs, grad, bias, "1", monkeypatch, number)
+    for name, fast, slow in zip("outputs mean var inputs bias".split(), pooled, exact):
         assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max(), name
     inputs, grad = inputs.half(), grad.half()
-    exact = pool_norm_gelu(inputs.float(), grad.float(), bias, "", monkeypatch)
-    fast, slow = (pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch) for interpret in ("1", ""))
+    exact = pool_norm_act(inputs.float(), grad.float(), bias, "", monkeypatch, number)
+    fast, slow = (pool_norm_act(inputs, grad, bias, interpret, monkeypatch, number) for interpret in ("1", ""))
     for name, a, b, c in zip("outputs mean var inputs bias".split(), fast, slow, exact):
         assert (a - c).abs().max() <= (b - c).abs().max() + 1e-5 * c.abs().max(), name
 
@@ -253,18 +253,18 @@ def test_fused_norm_gives_ties_to_the_first_pixel(monkeypatch):
     inputs = torch.randint(3, (4, 64, 9, 9)).float().contiguous(memory_format=torch.channels_last)
     inputs[0, :, :2, :2] = 0
     grad, bias = torch.randn(4, 64, 4, 4), torch.zeros(64)
-    fast, slow = (pool_norm_gelu(inputs, grad, bias, interpret, monkeypatch) for interpret in ("1", ""))
+    fast, slow = (pool_norm_act(inputs, grad, bias, interpret, monkeypatch) for interpret in ("1", ""))
     assert torch.equal(fast[3] != 0, slow[3] != 0) and torch.allclose(fast[3], slow[3], atol=1e-5)
     assert not fast[3][:, :, 8].any() and not fast[3][..., 8].any()  # cut off by the pooling
     inputs[1, 5, 3, 2] = float("nan")
-    outputs = pool_norm_gelu(inputs, grad, bias, "1", monkeypatch)[0]
+    outputs = pool_norm_act(inputs, grad, bias, "1", monkeypatch)[0]
     assert outputs[:, 5].isnan().all() and outputs.isnan().any(3).any(2).any(0).sum() == 1
 
 def test_fused_statistics_bear_a_large_mean(monkeypatch):
     """The sum of squares alone would leave nothing of a variance of 1 beside a mean of 4000."""
     inputs, grad = torch.randn(4, 64, 16, 16) + 4000, torch.randn(4, 64, 8, 8)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
-    fast = pool_norm_gelu(inputs, grad, torch.zeros(64), "1", monkeypatch)
+    fast = pool_norm_act(inputs, grad, torch.zeros(64), "1", monkeypatch)
     exact = F.max_pool2d(inputs.double(), 2).var((0, 2, 3)) * 0.4 + 0.6
     assert torch.allclose(fast[2], exact, rtol=1e-4)
 
@@ -284,13 +284,14 @@ def test_last_step_trains_as_the_one_before(monkeypatch):
     views = [model.eval()(inputs) for model in models]
     assert torch.allclose(*views, atol=1e-5)
 
-def test_fused_norm_compiles_for_a_gpu():
+@pytest.mark.parametrize("number", [15, 16])
+def test_fused_norm_compiles_for_a_gpu(number):
     """To machine code for an H100, without a GPU; and torch.compile takes a group in one piece, from whose
     outputs the gradient reaches the kernel. In its own process, where nothing is interpreted."""
     code = f"""
 import os, sys, types, torch, torch.utils._triton, triton
-sys.path.insert(0, {str(MAINS[15].parent)!r})
-import {MAINS[15].stem} as m
+sys.path.insert(0, {str(MAINS[number].parent)!r})
+import {MAINS[number].stem} as m
 from torch._functorch.aot_autograd import aot_module_simplified
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -321,6 +322,18 @@ model(torch.randn(8, 64, 9, 9).half().to(memory_format=torch.channels_last))
 """
     done = subprocess.run([sys.executable, "-c", code], env=dict(ENV, TORCH_COMPILE_DISABLE="0"))
     assert done.returncode == 0
+
+def test_silu_stands_where_gelu_was_but_for_the_stem():
+    """Maps of a group and logits of main16 against x * sigmoid(x) between the layers of main15."""
+    model, other = model_of(main(16)).eval(), model_of(main(15)).eval()
+    inputs = torch.randn(2, 3, 32, 32)
+    hidden = F.gelu(other.stem(inputs))
+    for group in other.groups:
+        hidden = group.norm1(F.max_pool2d(group.conv1(hidden), 2))
+        hidden = group.norm2(group.conv2(hidden * hidden.sigmoid()))
+        hidden = hidden * hidden.sigmoid()
+    slow = other.head(hidden.flatten(2).amax(2)) / 256
+    assert torch.allclose(model(inputs), slow, atol=1e-5) and not torch.allclose(other(inputs), slow, atol=1e-3)
 
 def test_second_finish_line_crops_flips_and_cuts_out(monkeypatch):
     """Each image of airbench96 is a crop of the padded one, the other way round in every other epoch, but for
