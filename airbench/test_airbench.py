@@ -304,6 +304,7 @@ PUBLISHED = {  # seconds on one A100 and PFLOPs of the table that the ladder rep
     "main9_muon.py": (2.59, 0.29), "main10_graph.py": (None, None),
     "main11_resize.py": (None, None), "main12_select.py": (None, None),
     "main13_lean.py": (None, None), "main14_augment.py": (None, None), "main15_fuse.py": (None, None),
+    "main16_silu.py": (None, None),
     "train_resnet18.py": (52.1, 4.35), "cifar10_fast.py": (14.9, 1.14), "hlb_cifar10.py": (6.2, 0.60),
     "airbench96.py": (34.7, 4.91)}
 
