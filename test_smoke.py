@@ -188,10 +188,10 @@ def pool(lines, path, device, name=None):
     body = hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
     text = body if any(line["sha256"] == body for line in lines) else lines[-1]["sha256"]
     lines = [line for line in lines if line["sha256"] == text]
-    runs = [run for line in lines for run in line["runs"]]
-    times = [run["time_seconds"] for run in runs]
-    return dict(lines[-1], accs=[run["acc"] for run in runs], times=times, seconds=sum(times) / len(times),
-                n=len(runs), peak_mib=max(line["peak_mib"] for line in lines),
+    accs, times = ([run[key] for line in lines for run in line["runs"]] for key in ("acc", "time_seconds"))
+    return dict(lines[-1], times=times, n=len(times), peak_mib=max(line["peak_mib"] for line in lines),
+                accs=accs, seconds=statistics.fmean(times),
+                peak_tflops=statistics.fmean(line["peak_tflops"] for line in lines for _ in line["runs"]),
                 mark="" if text == body else " (†)")
 
 def mean_std(values, digits, scale=1.0):
