@@ -2,7 +2,7 @@
 
 Adds: SiLU in place of GELU, but for the one after the stem
 Changes: _pool_bwd_kernel PoolNormAct BatchNorm ConvGroup
-Result: 94.20 % (n=1), 45.8 min, AMD EPYC, 2 threads, float32, torch 2.11.0
+Result: 94.06 ± 0.04 % (n=2), 14.9 ± 0.1 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
 Vs previous: not measured
 Source: the activations of Hiverge's record of 2025 (hiverge/cifar10-speedrun, MIT); SiLU: arXiv 1702.03118
 Run: python airbench/main16_silu.py --runs 200

@@ -2,7 +2,7 @@
 
 Adds: Muon: the updates of the filters are orthogonalized; batch 2000, no warm-up, no lookahead
 Changes: HYP orthogonalize Muon make_optimizer schedule Lookahead reset train
-Result: not measured
+Result: 94.04 % (n=1), 17.9 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
 Vs previous: not measured
 Source: Keller Jordan's Muon (kellerjordan.github.io/posts/muon) and airbench94_muon; written afresh.
 Run: python airbench/main9_muon.py --runs 200

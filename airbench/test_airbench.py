@@ -456,6 +456,19 @@ def operator_rows():
     return [["Operator", "main8 %", f"main{LAST} %"]] + [
         [f"`{name}`", *(f"{100 * share.get(name, 0):.1f}" for share in shares)] for name in names]
 
+def whole_rows():
+    """Whole runs on CPUs that main8 in its present text ran on, too: their time and FLOPs beside its."""
+    lines = [line for line in read_results("airbench") if line["device"] == "cpu"]
+    rows = [["Script", "Machine", "Runs", "Share of main8's time", "Share of main8's FLOPs"]]
+    later = [line for number in range(9, LAST + 1) for line in lines if usable(line, MAINS[number])]
+    for name in sorted(set(map(machine, later))):
+        base = pool(lines, MAINS[8], "cpu", name)
+        for number in range(8, LAST + 1) if base and not base["mark"] else ():
+            if found := pool(lines, MAINS[number], "cpu", name):
+                rows.append([f"`{found['script']}`{found['mark']}", name, str(found["n"]), *(
+                    f"{found[key] / base[key]:.2f}" for key in ("seconds", "pflops"))])
+    return rows
+
 TABLES = {
     "ladder, GPU": lambda: markdown(airbench_rows(True, "cuda")),
     "baselines, GPU": lambda: markdown(airbench_rows(False, "cuda")),
@@ -463,6 +476,7 @@ TABLES = {
     "baselines, CPU": lambda: markdown(airbench_rows(False, "cpu")),
     "two epochs": lambda: markdown(airbench_short()),
     "records": lambda: markdown(record_rows()),
+    "whole runs, CPU": lambda: markdown(whole_rows()),
     "steps, CPU": lambda: markdown(step_rows()),
     "operators, CPU": lambda: markdown(operator_rows())}
 
