@@ -39,7 +39,8 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hnet_cl/main14_seeds.py": 175}  # that step, and the bookkeeping of a run, are of all seeds
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and Triton kernels of its own
-    "airbench/main15_fuse.py": 685, "airbench/main16_silu.py": 685,  # and two more of them
+    **{f"airbench/main{step}.py": 720 for step in (  # and two more of these
+        "15_fuse", "16_silu", "17_tune", "18_tail", "19_jitter", "20_even")},
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
     "hnet_cl": 1290,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
@@ -167,7 +168,7 @@ def read_results(ladder):
 
 def usable(line, path):
     """Whether a line is a published result of that script: real data, not shortened, compiled as meant."""
-    return (line["script"] == path.name and line["data"] in DATA_SETS and not line["dry_run"]
+    return (line["script"] == path.name and line.get("data") in DATA_SETS and not line["dry_run"]
             and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"])
 
 def machine(line):
@@ -491,7 +492,7 @@ def main(command=None, *rest):
         module.main(args)
     elif command == "kernels":
         module = load(ROOT / rest[0] / f"test_{rest[0]}.py")
-        module.torch.cuda.is_available() or module.BASE.fail(4, "no usable CUDA GPU")
+        module.torch.cuda.is_available() or load(ALL[0][1]).fail(4, "no usable CUDA GPU")
         module.kernels()
     else:
         sys.exit(pytest.main([str(ROOT), command, *rest]))

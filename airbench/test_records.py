@@ -1,11 +1,9 @@
-"""Checks of the steps past the ablation, from main9 on, and of airbench96, each against a slow or independent
-form of it."""
+"""Checks of the steps past the ablation, from main9 on, each against a slow or independent form of it."""
 import contextlib
-import math
 import subprocess
 import sys
 
-from test_airbench import BF16, MAINS, baseline, by_label, images, main, model_of
+from test_airbench import BF16, MAINS, images, main, model_of
 from test_smoke import ENV
 
 import pytest
@@ -190,25 +188,54 @@ def test_crops_from_uint8_equal_those_from_padded_images():
         assert torch.allclose(fast, slow, atol=1e-5)
         assert fast.is_contiguous(memory_format=torch.channels_last)
 
-@pytest.mark.parametrize("size", [24, 28, 32, 23])
-def test_crop_kernel_equals_its_plain_form(size):
+@pytest.mark.parametrize("size, number", [(24, 14), (28, 14), (32, 14), (23, 14), (24, 19), (32, 19)])
+def test_crop_kernel_equals_its_plain_form(size, number, monkeypatch):
     """In Triton's interpreter, which test_smoke turns on."""
-    module, pixels, moves = main(14), images(9), moves_of(9, 7)
+    module, pixels, moves, tones = main(number), images(9), moves_of(9, 7), torch.rand(2, 7)
     scale = torch.tensor([module.CIFAR_MEAN, module.CIFAR_STD])
-    fast, slow = module.augment(pixels, moves, scale, size), module.batch_crop(pixels, *moves, size)
+    slow, arguments = module.batch_crop(pixels, *moves, size), (pixels, moves, scale, size)
+    if number == 19:
+        slow = torch.stack([(image + shift) * factor for image, shift, factor in zip(slow, *tones)])
+        arguments = pixels, moves, tones, scale, size
+    fast = module.augment(*arguments)
     assert fast.shape == slow.shape and fast.is_contiguous(memory_format=torch.channels_last)
     assert (fast - slow).abs().max() < 1e-5
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    assert (module.augment(*arguments) - slow).abs().max() < 1e-5
 
-def test_crop_kernel_compiles_for_a_gpu():
+def test_tones_vary_within_their_bounds(monkeypatch):
+    module = main(19)
+    monkeypatch.setitem(module.HYP, "batch_size", 16)
+    loader = module.CifarLoader(images(64))
+    loader.reset(torch.arange(64))
+    drawn = []
+    for _ in range(50):
+        loader.shuffle()
+        drawn.append(loader.tones.clone())
+    (shifts, factors), bounds = torch.stack(drawn, 1), (0.1399, 0.1308)
+    for values, bound in zip((shifts, factors - 1), bounds):
+        assert 0.95 * bound < values.max() <= bound + 1e-6 and -bound - 1e-6 <= values.min() < -0.95 * bound
+        assert abs(values.mean()) < 0.05 * bound and values.unique().numel() > 3000
+    whole = images(64)[loader.draws[0, 1]]
+    monkeypatch.setitem(module.HYP, "translate", 0)
+    loader.draws[1:3], loader.batch[0] = 0, 1
+    mirrored = loader.draws[3, 1].bool()[:, None, None, None]
+    slow = module.normalize(torch.where(mirrored, whole.flip(2), whole))
+    slow = (slow + loader.tones[0, 1][:, None, None, None]) * loader.tones[1, 1][:, None, None, None]
+    assert torch.allclose(loader.next(32)[0], slow, atol=1e-5)
+
+@pytest.mark.parametrize("number", [14, 19])
+def test_crop_kernel_compiles_for_a_gpu(number):
     """To machine code for an H100, which needs none; in its own process, where nothing is interpreted."""
     code = f"""
 import sys, triton
-sys.path.insert(0, {str(MAINS[14].parent)!r})
-import {MAINS[14].stem} as m
+sys.path.insert(0, {str(MAINS[number].parent)!r})
+import {MAINS[number].stem} as m
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-types = dict(X_ptr="*u8", move_ptr="*i64", scale_ptr="*fp32", Y_ptr="*fp16", n="i32", size="i32",
-             PAD="constexpr", BLOCK_SIZE="constexpr")
+types = dict(X_ptr="*u8", move_ptr="*i64", tone_ptr="*fp32", scale_ptr="*fp32", Y_ptr="*fp16", n="i32",
+             size="i32", PAD="constexpr", BLOCK_SIZE="constexpr")
+types = {{name: types[name] for name in m._crop_fwd_kernel.arg_names}}
 source = ASTSource(fn=m._crop_fwd_kernel, signature=types, constexprs=dict(PAD=2, BLOCK_SIZE=1024))
 assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000
 """
@@ -339,41 +366,55 @@ def test_silu_stands_where_gelu_was_but_for_the_stem():
     assert torch.allclose(model(inputs), slow, atol=1e-5)
     assert not torch.allclose(other(inputs), slow, atol=1e-3)
 
-def test_second_finish_line_crops_flips_and_cuts_out(monkeypatch):
-    """Each image of airbench96 is a crop of the padded one, the other way round in every other epoch, but for
-    a square of 12 pixels that lies in the crop and is 0 on all channels."""
-    module = baseline("airbench96")
-    monkeypatch.setitem(module.HYP, "batch_size", 16)
-    loader, pixels = module.CifarLoader(images(16), torch.arange(16)), module.normalize(images(16))
-    padded, mirrored = F.pad(pixels, [4] * 4, mode="reflect"), []
-    for _ in range(3):
-        epoch = by_label(loader)
-        for image, whole in zip(epoch, padded):
-            square = (image == 0).all(0)
-            assert square.sum() == 144 and square.any(0).sum() == square.any(1).sum() == 12
-            crops = [whole[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
-            found = [flip for crop in crops for flip, view in enumerate((crop, crop.flip(-1)))
-                     if torch.equal(image, view * ~square)]
-            assert len(found) == 1
-            mirrored += found
-    first, second, third = torch.tensor(mirrored).view(3, 16)
-    assert torch.equal(first, 1 - second) and torch.equal(first, third) and 0 < first.sum() < 16
-
-def test_second_finish_line_against_a_slow_form():
-    """A group of airbench96 from its formula, and the settings of its optimizer."""
-    module = baseline("airbench96")
+def test_learning_rates_fall_to_a_floor():
+    """main17 after 272 of its 284 steps, and its stem's bias after 6."""
+    module, steps = main(17), torch.arange(284)
+    factors = module.schedule(steps, torch.tensor(0.958 * 284))
+    assert torch.allclose(factors, (1 - steps / 272.072).clamp(min=0.05)) and factors.argmin() == 259
+    assert factors[0] == 1 and factors[-1] == factors[259] == 0.05 < factors[258]
     model = model_of(module)
-    group, inputs = model.groups[0].eval(), torch.randn(2, 24, 31, 31)
-    def norm(maps, layer):
-        return maps / (1 + 1e-12) ** 0.5 + layer.bias.view(1, -1, 1, 1)
-    for layer in (group.norm1, group.norm2, group.norm3):
-        layer.bias.data.normal_()
-    first = F.gelu(norm(F.max_pool2d(F.conv2d(inputs, group.conv1.weight, padding=1), 2), group.norm1))
-    second = F.gelu(norm(F.conv2d(first, group.conv2.weight, padding=1), group.norm2))
-    slow = F.gelu(first + norm(F.conv2d(second, group.conv3.weight, padding=1), group.norm3))
-    assert slow.shape == (2, 128, 15, 15) and torch.allclose(group(inputs), slow, atol=1e-5)
-    groups = module.make_optimizer(model).param_groups
-    assert [len(group["params"]) for group in groups] == [11, 9]  # nine filters, head, stem's bias; norms
-    assert groups[1]["lr"] == pytest.approx(64 * groups[0]["lr"])
-    curve, total = module.schedule, math.ceil(module.HYP["epochs"] * 48)
-    assert total == 1776 and (curve(0, total), curve(177, total), curve(total, total)) == (0.2, 1.0, 0.0)
+    step = module.Step(model, main(0).draw_synthetic(3072, 1))
+    falls = []
+    step.optimizer.reset = falls.extend
+    class Stop(Exception):
+        pass
+    def stop():
+        raise Stop
+    step.loader.shuffle = stop
+    with pytest.raises(Stop):
+        module.train(step, main(0).draw_synthetic(3072, 1), {}, run=0, seed=0)
+    assert falls == pytest.approx([0.2 * 2, *[0.958 * 18] * 3])  # 8.875 epochs of two batches
+
+def test_tail_average_against_the_recurrence():
+    """Six points, 20 to 0 steps before the end, and in the end they are the model."""
+    module = main(18)
+    model = model_of(module)
+    tail, points = module.TailAverage(model), []
+    for left in range(29, -1, -1):
+        values = [value for value in model.state_dict().values() if value.is_floating_point()]
+        for value in values:
+            value.add_(torch.randn_like(value))
+        if left in (20, 16, 12, 8, 4, 0):
+            points.append([value.clone().double() for value in values])
+        tail.update(left)
+    weights = [0.7 ** 5, *(0.3 * 0.7 ** k for k in (4, 3, 2, 1, 0))]
+    assert len(values) == len(list(model.parameters())) + 12 and sum(weights) == pytest.approx(1)
+    for value, *history in zip(values, *points):
+        slow = sum(weight * point for weight, point in zip(weights, history))
+        assert torch.allclose(value.double(), slow, atol=1e-4)
+    tail = module.TailAverage(model)  # of a run of few steps, which begins within the tail
+    before = [value.clone() for value in values]
+    tail.update(1), tail.update(0)
+    assert all(torch.equal(value, old) for value, old in zip(values, before))
+
+def test_even_kernel_starts_as_the_identity_and_spares_a_row():
+    module = main(20)
+    model = model_of(module)
+    assert [group.conv1.kernel_size for group in model.groups] == [(3, 3), (3, 3), (2, 2)]
+    inputs = torch.randn(2, 256, 7, 7)
+    outputs = model.groups[2].conv1(inputs)
+    assert torch.allclose(outputs, inputs[:, :, :6, :6], atol=1e-5)
+    flops = [main(number).count_flops(model_of(main(number)), False) for number in (19, 20)]
+    assert flops[0] - flops[1] == 2 * 256 * 256 * (9 * 49 - 4 * 36)
+    share = 2 * 24 * 64 * 9 * 31 * 31 / flops[1]  # what the frozen stem saves, of the matmuls alone
+    assert module.HYP["nominal_frozen"] == pytest.approx(share, rel=0.02)
