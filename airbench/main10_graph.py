@@ -2,8 +2,8 @@
 
 Adds: the whole step, from the gather of a batch to the update, is one CUDA graph; on a CPU the same code runs
 Changes: Muon make_optimizer schedule batch_crop batch_flip_lr CifarLoader Step train warm_up main
-Result: 94.20 % (n=1), 17.6 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
-Vs previous: not measured
+Result: 93.95 ± 0.13 % (n=12), 1.305 ± 0.006 s, NVIDIA H200 at 700.00 W, torch 2.11.0
+Vs previous: -1.149 [-1.360, -0.938] s [95 % interval]
 Source: whole-step graphs as in the records of 2025 and 2026 (Hiverge, Fulcrum), all MIT; written afresh.
 Run: python airbench/main10_graph.py --runs 200
 """

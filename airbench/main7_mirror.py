@@ -2,7 +2,7 @@
 
 Adds: alternating flip: consecutive epochs show both orientations of every image.
 Changes: HYP CifarLoader
-Result: 94.18 % (n=1), 11.6 min, Intel Xeon Processor, 2 threads, bf16, torch 2.11.0
+Result: 94.08 ± 0.08 % (n=2), 2.381 ± 0.119 s, NVIDIA H200 at 700.00 W, torch 2.11.0
 Vs previous: not measured
 Source: Keller Jordan's airbench ablations (arXiv 2404.00498); written afresh.
 Run: python airbench/main7_mirror.py --runs 40

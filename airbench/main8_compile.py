@@ -2,7 +2,7 @@
 
 Adds: the network is compiled by torch.compile.
 Changes: warm_up main
-Result: 94.06 % (n=1), 20.2 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
+Result: 93.95 ± 0.06 % (n=12), 2.904 ± 0.182 s, NVIDIA H200 at 700.00 W, torch 2.11.0
 Vs previous: not measured
 Source: Keller Jordan's airbench ablations (arXiv 2404.00498); written afresh.
 Run: python airbench/main8_compile.py --runs 200

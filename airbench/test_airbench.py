@@ -264,7 +264,8 @@ def airbench_rows(mains, device):
                 other = pool(lines, before, device, name) if before and mains else None
                 delta = [[time_ * scale for time_ in part["times"]] for part in (result, other) if part]
                 measured = [f"{mean_std(result['accs'], 2, 100)} ({result['n']}){result['mark']}",
-                            mean_std(result["times"], 2, scale), welch(*delta) if other else "not measured",
+                            mean_std(result["times"], 3 if device == "cuda" else 2, scale),
+                            welch(*delta) if other else "not measured",
                             f"{share:.1f}", f"{result['peak_mib']:.0f}", name]
             rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
                          f"{hyp(path)['epochs']:.1f}", *measured, f"{nominal:.2f}", f"{executed:.2f}",
@@ -312,7 +313,7 @@ def record_rows():
             path = MAINS[LAST if last else 8]
             found, seconds, accuracy, name = pool(lines, path, device), *["not measured"] * 2, device
             if found:
-                seconds, name = mean_std(found["times"], 2), machine(found)
+                seconds, name = mean_std(found["times"], 3 if device == "cuda" else 0), machine(found)
                 accuracy = f"{mean_std(found['accs'], 2, 100)} ({found['n']}){found['mark']}"
             rows.append(["", f"`{path.name}`", seconds, accuracy, name, "validation after each epoch"])
     return rows

@@ -515,12 +515,12 @@ def trained_encoder(folder, sets, seed, device, name, recipe, width, bits):
     net = make_net(width, recipe)
     steps = math.ceil(HYP["epochs"] * recipe.epochs * len(task_of(recipe, sets)[1]) / HYP["batch_size"])
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, "cpu", weights_only=True)
         net.load_state_dict(state["net"])
         loss = state["loss"]
     except Exception:  # there is none, or a damaged one
         if recipe.start:  # it is made before those that are held out
-            start = torch.load(folder / f"{recipe.start}-{width}-{key}.pt", weights_only=True)
+            start = torch.load(folder / f"{recipe.start}-{width}-{key}.pt", "cpu", weights_only=True)
             net.load_state_dict(start["net"])
         net.to(device, memory_format=torch.channels_last)
         loss = train_encoder(net, recipe, sets, own, device, steps)

@@ -499,39 +499,39 @@ def load_data(folder):
 
 def view_of(step, steps_per_epoch):
     """Number of the view that images show in a step, or None as long as they show new ones"""
-    stored = HYP["views"] and not keeps_graph() and freeze_level(step, steps_per_epoch) > 1
-    return step // steps_per_epoch % HYP["views"] if stored else None
+    epoch = step // steps_per_epoch
+    stored = HYP["views"] and not keeps_graph() and freeze_level(epoch * steps_per_epoch, steps_per_epoch) > 1
+    return epoch % HYP["views"] if stored else None
 
 class Views:
     """Tokens of views of each image, [images, tokens, dim] per view, and how many layers they have passed."""
     def __init__(self, images, device):
         self.tokens, self.device = {}, device
         self.passed = torch.zeros(max(HYP["views"], 1), images, dtype=torch.int64)
-    def __call__(self, model, images, kept, index, view, level):
+    def __call__(self, model, images, kept, index, view, level, first):
         """Tokens [B, 1 + n, dim] after the first `level` layers, all frozen, of a view of images [index], or,
-        where view is None, of images that are not stored"""
-        if view is None:
-            with torch.no_grad():
-                return model.prefix(images, kept, level)
-        row = index.cpu()
-        passed = self.passed[view, row]
-        known = int(passed[0]) if (passed == passed[0]).all() else 0  # else the images differ: from the start
+        where view is None, of images that are not stored. Those after the `first` layers, as many as were
+        frozen when the epoch began, are stored, so that next time all images of a batch go on from there."""
         with torch.no_grad():
+            if view is None:
+                return model.prefix(images, kept, level)
+            row = index.cpu()
+            passed = self.passed[view, row]
+            known = int(passed[0]) if (passed == passed[0]).all() else 0  # not all, where a run went on
             x = self.tokens[view][index].float() if known else None
-            if known < level:
-                x = model.prefix(images, kept, level, x, known)
-        if view not in self.tokens:
-            shape = self.passed.shape[1], *x.shape[1:]
-            self.tokens[view] = torch.empty(shape, dtype=DTYPE[self.device.type], device=self.device)
-        if known < level:
-            self.tokens[view][index] = x.to(self.tokens[view].dtype)
-            self.passed[view, row] = level
-        return x
+            if known < first:
+                x = model.prefix(images, kept, first, x, known)
+                if view not in self.tokens:
+                    shape = self.passed.shape[1], *x.shape[1:]
+                    self.tokens[view] = torch.empty(shape, dtype=DTYPE[self.device.type], device=self.device)
+                self.tokens[view][index], self.passed[view, row] = x.to(self.tokens[view].dtype), first
+            return model.prefix(images, kept, level, x, first) if first < level else x
 
 def plan(train_set, seed, first_step, last_step, device):
     """Yields ((index [batch_size], crop numbers [batch_size, 23]), noise [batch_size, patches]) of this
     process. The numbers of a step depend on the seed and the step alone, not on how many share it, or, of
-    stored views, on the seed, the view and the image."""
+    stored views, on the seed, the view and the image. Then all epochs have the same images, and an image the
+    same place in a step, so that the process which has stored its tokens gets it again."""
     size, per_pass = SIZES[HYP["size"]], HYP["batch_size"] * WORLD
     per_step = per_pass * HYP["accum_iter"]
     per_epoch, shown = len(train_set.labels) // per_step, None
@@ -540,6 +540,10 @@ def plan(train_set, seed, first_step, last_step, device):
         if step == first_step or place == 0:
             draws = rng(device, "order", seed, epoch)
             order = torch.randperm(len(train_set.labels), generator=draws, device=device)
+            if isinstance(train_set, Memory) and view_of(step, per_epoch) is not None:
+                always = torch.randperm(len(order), generator=rng(device, "always", seed), device=device)
+                turns = torch.rand(per_epoch, per_step, generator=draws, device=device).argsort(0)
+                order = always[:turns.numel()].view_as(turns).gather(0, turns).flatten()
         index = order[place * per_step:(place + 1) * per_step]
         draws = rng(device, "step", seed, step)
         patches, view = (size.image // size.patch) ** 2, None
@@ -1163,13 +1167,13 @@ def train(args, folder, train_set, test_set, run, seed, device):
         if level < 2 or keeps_graph() or not (HYP["views"] or is_latent(level)):
             return []
         view = view_of(step, per_epoch) if isinstance(train_set, Memory) else None
-        kept, whole = model.kept(noise), []
+        kept, whole, first = model.kept(noise), [], freeze_level(step - step % per_epoch, per_epoch)
         with autocast(device):
-            whole = [wholes(model, images, None, index, view, level)] if is_latent(level) else []
+            whole = [wholes(model, images, None, index, view, level, first)] if is_latent(level) else []
             if whole and HYP["latent"] == "both":
                 places = F.pad(kept + 1, (1, 0))[:, :, None].expand(-1, -1, whole[0].shape[2])
                 return [whole[0].gather(1, places), *whole]
-            return [views(model, images, kept, index, view, level), *whole]
+            return [views(model, images, kept, index, view, level, first), *whole]
     def forward_backward(images, noise, *frozen):
         with autocast(device):
             losses = net(images, noise, level, *frozen)
@@ -1254,7 +1258,7 @@ def train(args, folder, train_set, test_set, run, seed, device):
         stopping and fail(143, f"stopped after {step} of {last_step} steps; the same command continues")
     work = collections.Counter()  # steps by (layers frozen, layers that stored tokens have passed)
     for at in range(last_step):
-        before = at - HYP["views"] * per_epoch  # when its view was seen last
+        before = (at // per_epoch - HYP["views"]) * per_epoch  # when the epoch began that saw its view last
         stored = isinstance(train_set, Memory) and before >= 0 and view_of(before, per_epoch) is not None
         work[freeze_level(at, per_epoch), stored * freeze_level(before, per_epoch)] += 1
     flops = sum(count * train_flops(*levels) for levels, count in work.items()) * per_step

@@ -194,19 +194,21 @@ def test_a_stage_on_every_block():
         assert [loss > 0 for loss in losses.tolist()] == [False] * 3 + [True] * 9
 
 def test_stored_tokens_are_those_of_the_whole_prefix():
-    """To the bit: fresh ones, those that go on from a lower level, and those of images that differ in it"""
+    """To the bit: fresh ones, those that go on from a lower level, also in mid-epoch, those of images some of
+    which are not stored, and of no view"""
     with settings(CACHE, size="nano", views=3):
         model, views = CACHE.make_model(CPU, 0), CACHE.Views(20, CPU)
         images, noise = photos(20), torch.rand(20, 64, generator=torch.Generator().manual_seed(1))
-        def tokens(index, view, level):
+        for index, view, level, first in (
+                ([3, 1, 7, 2], 0, 2, 2), ([7, 3, 1, 2], 0, 2, 2), ([2, 1, 3, 7], 0, 4, 3),
+                ([2, 3, 1, 7], 0, 4, 3), ([3, 1, 5, 4], 1, 3, 2), ([3, 6, 5, 0], 1, 3, 3),
+                ([5, 0, 3, 6], 1, 4, 3), ([0, 1, 2, 3], None, 4, 2)):
             index = torch.tensor(index)
-            return views(model, images[index], noise[index], index, view, level), index
-        for index, view, level in (([3, 1, 7, 2], 0, 2), ([7, 3, 1, 2], 0, 2), ([2, 1, 3, 7], 0, 4),
-                                   ([3, 1, 5, 4], 1, 2), ([3, 6, 5, 0], 1, 3), ([5, 0, 3, 6], 1, 3)):
-            found, index = tokens(index, view, level)
+            found = views(model, images[index], noise[index], index, view, level, first)
             wanted = model.prefix(images[index], model.kept(noise[index]), level)
             assert torch.equal(found, wanted) and not found.requires_grad
-        assert views.passed[0].tolist() == [0, 4, 4, 4, 0, 0, 0, 4] + [0] * 12
+        assert views.passed[0].tolist() == [0, 3, 3, 3, 0, 0, 0, 3] + [0] * 12
+        assert views.passed[1].tolist() == [3, 2, 0, 3, 2, 3, 3] + [0] * 13
         assert set(views.tokens) == {0, 1} and views.passed[2].sum() == 0
         whole = model(images, noise, 3)
         stored = model(images, noise, 3, model.prefix(images, model.kept(noise), 3).detach())
@@ -223,8 +225,22 @@ def test_views_take_turns_and_stay_the_same():
         for (index, numbers), noise in steps:
             for image, *rest in zip(index.tolist(), numbers[:, 0].tolist(), noise[:, 0].tolist()):
                 seen[image].add(tuple(rest))
-        assert {len(values) for values in seen.values()} <= {math.ceil(first / 5) + 2, first // 5 + 2}
-        assert [CACHE.view_of(step, 5) for step in (first - 1, 40, 44, 45)] == [None, 0, 0, 1]
+        assert {len(values) for values in seen.values()} == {math.ceil(first / 5) + 2}
+        assert first % 5 and [CACHE.view_of(step, 5) for step in (first, 40, 44, 45)] == [None, 0, 0, 1]
+
+def test_views_show_the_same_images_at_the_same_places():
+    """Of 23 images 20 fill an epoch, always the same from the first epoch with a store on, each at the same
+    place in a step, but not in the same step; before that, all images have their turns."""
+    with settings(CACHE, size="nano", views=2, batch_size=4, epochs=10.0, warmup_epochs=1.0, t_0=0.5):
+        train_set = CACHE.Memory(**CACHE.draw_synthetic(23, 0))
+        orders = torch.stack([index for (index, _), _ in CACHE.plan(train_set, 0, 0, 50, CPU)]).view(10, 5, 4)
+        start = math.ceil(next(step for step in range(50) if CACHE.freeze_level(step, 5) > 1) / 5)
+        assert 2 < start < 7 and len(orders[:start].unique()) == 23
+        for place in range(4):
+            columns = {tuple(sorted(epoch[:, place].tolist())) for epoch in orders[start:]}
+            assert len(columns) == 1 and len({*columns.pop()}) == 5
+            assert len({tuple(epoch[:, place].tolist()) for epoch in orders[start:]}) > 1
+        assert len(orders[start].unique()) == 20
 
 @pytest.mark.parametrize("t_0, saved", [(0.8, 22.0), (0.5, 44.6)])
 def test_flops_saved_by_storing(t_0, saved):
@@ -238,18 +254,35 @@ def test_flops_saved_by_storing(t_0, saved):
             assert 100 * (1 - flops / CACHE.train_flops()) == pytest.approx(saved, abs=0.3)
 
 def test_storing_changes_nothing_but_time(data, tmp_path):
-    """A run that computes every prefix afresh ends with the same weights."""
-    def afresh(self, model, images, noise, index, view, level):
+    """A run that computes every prefix afresh ends with the same weights; and one with a store does the work
+    that its line says, here with steps of which an epoch leaves some images out."""
+    def afresh(self, model, images, noise, index, view, level, first):
         with torch.no_grad():
             return model.prefix(images, model.kept(noise), level)
     def change(module):
         module.Views.__call__ = afresh
-    more = ["--no-compile", "--views=1", "--t_0=0.2", "--epochs=5"]
+    def count(module):
+        prefix = module.LocalMIM.prefix
+        def counted(self, images, kept, level, x=None, passed=0):
+            with open(tmp_path / "prefixes", "a") as file:
+                print(level, passed, file=file)
+            return prefix(self, images, kept, level, x, passed)
+        module.LocalMIM.prefix = counted
+    more = ["--no-compile", "--views=1", "--t_0=0.2", "--epochs=5", "--batch_size=7"]
     whole((MAINS[10], [*flags(data, tmp_path / "a"), *more], change),
-          (MAINS[10], [*flags(data, tmp_path / "b"), *more]))
-    assert same_weights(final(tmp_path / "a", 60), final(tmp_path / "b", 60))
+          (MAINS[10], [*flags(data, tmp_path / "b"), *more], count))
     line = json.loads((tmp_path / "b" / "o.jsonl").read_text())
-    assert line["pflops"] < json.loads((tmp_path / "a" / "o.jsonl").read_text())["pflops_nominal"]
+    (per_epoch, left), last = divmod(96, 7), 65
+    assert left and same_weights(final(tmp_path / "a", last), final(tmp_path / "b", last))
+    with settings(CACHE, **line["hyp"]):
+        levels = [CACHE.freeze_level(step, per_epoch) for step in range(last)]
+        calls = [tuple(map(int, call.split())) for call in (tmp_path / "prefixes").read_text().splitlines()]
+        work = sum(CACHE.train_flops(level, level * (level > 1)) for level in levels)
+        work += sum(CACHE.train_flops(*call) - CACHE.train_flops(call[0], call[0]) for call in calls)
+    assert line["pflops"] * 1e15 == pytest.approx(7 * work)
+    first = next(step for step, level in enumerate(levels) if level > 1)
+    fresh = (math.ceil(first / per_epoch) + 1) * per_epoch - first  # until all images are stored
+    assert len([call for call in calls if not call[1]]) == fresh < len(levels) - first
     (code, _), (other, text) = forks((MAINS[10], [*flags(data, tmp_path / "c"), "--views=-1"]), (
         MAINS[10], [*flags(data, tmp_path / "c"), "--views=1000000000", "--epochs=1e9"]))
     assert code == other == 2 and "MiB" in text

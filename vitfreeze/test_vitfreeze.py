@@ -622,22 +622,49 @@ def freezing_rows():
         [f"`{path.name}`", docstring(path)["Adds"], "+{} -{}".format(*changed_lines(before, path))]
         for before, path in zip(MAINS[4:], MAINS[5:])]
 
-def saving_rows():
-    """A row per way to freeze: time and FLOPs against the same run without freezing, round by round."""
-    rows = [["Script", "Schedule", "FLOPs saved %", "Time saved % (rounds)", "Machine"]]
+def freezing_runs():
+    """[(script, schedule, [(line of a run, that without freezing of its round)])], by size and machine"""
+    ways = {}
     for path in MAINS[5:]:
         lines = lines_of(path, "saving", "synthetic")
-        whole = {line["runs"][0]["seed"]: line for line in lines if line["hyp"]["t_0"] == 1}
-        ways = {}
+        key = lambda line: (path, line["hyp"]["size"], machine(line), line["sha256"])
+        whole = {(key(line), line["runs"][0]["seed"]): line for line in lines if line["hyp"]["t_0"] == 1}
         for line in lines:
             if line["hyp"]["t_0"] < 1:
                 modes = [mode for mode in ("keep_graph", "dont_freeze_pe") if line["hyp"][mode]]
-                ways.setdefault((line["hyp"]["how_scale"], line["hyp"]["t_0"], *modes), []).append(line)
-        for way, group in sorted(ways.items()):
-            saved = [1 - line["time_mean"] / whole[line["runs"][0]["seed"]]["time_mean"] for line in group]
-            flops = 1 - group[0]["pflops"] / group[0]["pflops_nominal"]
-            rows.append([named(path, group), " ".join(f"{part}" for part in way), f"{100 * flops:.1f}",
-                         f"{mean_std(saved, 1, 100)} ({len(saved)})", machine(group[-1])])
+                way = " ".join(map(str, (line["hyp"]["how_scale"], line["hyp"]["t_0"], *modes)))
+                other = whole[key(line), line["runs"][0]["seed"]]
+                ways.setdefault((*key(line), way), []).append((line, other))
+    ways = sorted(ways.items(), key=lambda item: (MAINS.index(item[0][0]), item[0][1:]))
+    return [(path, way, pairs) for (path, *_, way), pairs in ways]
+
+def saving_rows():
+    """A row per way to freeze: time and FLOPs against the same run without freezing, round by round."""
+    rows = [["Script", "Size", "Schedule", "FLOPs saved %", "Time saved % (rounds)", "Machine"]]
+    for path, way, pairs in freezing_runs():
+        saved, line = [1 - line["time_mean"] / whole["time_mean"] for line, whole in pairs], pairs[-1][0]
+        flops = 1 - line["pflops"] / line["pflops_nominal"]
+        rows.append([named(path, [line]), line["hyp"]["size"], way, f"{100 * flops:.1f}",
+                     f"{mean_std(saved, 1, 100)} ({len(saved)})", machine(line)])
+    return rows
+
+def staircase_rows():
+    """A row per way to freeze in main5: time of each epoch, of that without freezing, and what FLOPs say."""
+    rows = [["Size", "Schedule", "", *(f"Epoch {epoch}" for epoch in range(1, 6)), "Machine"]]
+    for path, way, pairs in freezing_runs():
+        line, module = pairs[-1][0], load(path)
+        if path != MAINS[5]:
+            continue
+        shares = [[mine / other for mine, other in zip(*(
+            run["runs"][0]["epoch_images_per_s"] for run in (whole, line)))] for line, whole in pairs]
+        per_epoch = 5000 // line["hyp"]["batch_size"]  # of the built-in set
+        with settings(module, **line["hyp"]):
+            costs = [module.train_flops(module.freeze_level(step, per_epoch)) / module.train_flops()
+                     for step in range(5 * per_epoch)]
+        formula = [sum(costs[epoch * per_epoch:][:per_epoch]) / per_epoch for epoch in range(5)]
+        rows.append([line["hyp"]["size"], way, f"time ({len(pairs)})",
+                     *(mean_std(epoch, 2) for epoch in zip(*shares)), machine(line)])
+        rows.append([line["hyp"]["size"], way, "FLOPs", *(f"{share:.2f}" for share in formula), ""])
     return rows
 
 def written(value):
@@ -1057,5 +1084,5 @@ def test_picture_of_the_frontier_is_that_of_the_results(monkeypatch):
 
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
     ladder=ladder_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows, freezing=freezing_rows,
-    saving=saving_rows, frontier=frontier_rows, questions=questions_rows).items()}
+    saving=saving_rows, staircase=staircase_rows, frontier=frontier_rows, questions=questions_rows).items()}
 FILES = {"frontier.svg": frontier_svg}
