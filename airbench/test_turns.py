@@ -21,8 +21,11 @@ def take_part(asks, path, *flags):
     """The script of that path in this process; it asks by a byte to that descriptor and goes on by one from
     stdin: '1' to go on alone, '*' to go on when all others ask so, too."""
     def ask(kind):
-        os.write(int(asks), kind)
-        os.read(0, 1)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(int(asks), kind)
+            if os.read(0, 1):
+                return
+        sys.exit(f"{path}: stopped, since the process that gives turns is gone")
     sys.argv = [path, *flags]
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
