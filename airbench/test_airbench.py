@@ -400,14 +400,15 @@ def operator_rows():
 def whole_rows():
     """Whole runs on CPUs that main8 in its present text ran on, too: their time and FLOPs beside its."""
     lines = [line for line in read_results("airbench") if line["device"] == "cpu"]
-    rows = [["Script", "Machine", "Runs", "Share of main8's time", "Share of main8's FLOPs"]]
+    rows = [["Script", "Machine", "Runs", "Share of main8's time", "of the fastest runs", "of the FLOPs"]]
     later = [line for number in range(9, len(MAINS)) for line in lines if usable(line, MAINS[number])]
     for name in sorted(set(map(machine, later))):
         base = pool(lines, MAINS[8], "cpu", name)
         for number in range(8, len(MAINS)) if base and not base["mark"] else ():
             if found := pool(lines, MAINS[number], "cpu", name):
+                shares = [(part["seconds"], min(part["times"]), part["pflops"]) for part in (found, base)]
                 rows.append([f"`{found['script']}`{found['mark']}", name, str(found["n"]), *(
-                    f"{found[key] / base[key]:.2f}" for key in ("seconds", "pflops"))])
+                    f"{own / other:.2f}" for own, other in zip(*shares))])
     return rows
 
 def kernels():

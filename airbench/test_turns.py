@@ -75,10 +75,14 @@ def in_turns(names, flags, out=sys.stdout):
                 each[0].stdin.write(b".")
     return codes
 
-def test_scripts_take_turns(tmp_path):
+def test_scripts_take_turns(tmp_path, monkeypatch):
     """Two scripts of three and two runs alternate until one is through; a third fails without harm."""
     names = [f"{HERE / name}" for name in ("main9_muon.py:3", "main16_silu.py:2", "hlb_cifar10.py:0")]
-    flags = ["--data", "synthetic", "--device", "cpu", "--dry-run", "--no-compile", "--out", tmp_path / "o"]
+    sys.path.insert(0, str(HERE.parent))
+    from test_smoke import write_cifar
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    flags = ["--data", write_cifar(tmp_path / "data"), "--device", "cpu", "--dry-run", "--no-compile",
+             "--out", tmp_path / "o"]
     with open(tmp_path / "log", "w+") as log:
         assert sorted(in_turns(names, map(str, flags), log)) == [0, 0, 2]
         log.seek(0)
