@@ -266,7 +266,8 @@ def airbench_rows(mains, device):
                 measured = [f"{mean_std(result['accs'], 2, 100)} ({result['n']}){result['mark']}",
                             mean_std(result["times"], 3 if device == "cuda" else 2, scale),
                             welch(*delta) if other else "not measured",
-                            f"{share:.1f}", f"{result['peak_mib']:.0f}", name]
+                            f"{share:.1f}" if share < 100 else "not measured",
+                            f"{result['peak_mib']:.0f}", name]
             rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
                          f"{hyp(path)['epochs']:.1f}", *measured, f"{nominal:.2f}", f"{executed:.2f}",
                          "+{} -{}".format(*changed_lines(before, path)) if before else "",
