@@ -394,9 +394,11 @@ def test_tail_average_against_the_recurrence():
         values = [value for value in model.state_dict().values() if value.is_floating_point()]
         for value in values:
             value.add_(torch.randn_like(value))
+        now = [value.clone() for value in values]
         if left in (20, 16, 12, 8, 4, 0):
-            points.append([value.clone().double() for value in values])
+            points.append([value.double() for value in now])
         tail.update(left)
+        assert not left or all(map(torch.equal, values, now))  # training goes on from where it was
     weights = [0.7 ** 5, *(0.3 * 0.7 ** k for k in (4, 3, 2, 1, 0))]
     assert len(values) == len(list(model.parameters())) + 12 and sum(weights) == pytest.approx(1)
     for value, *history in zip(values, *points):
