@@ -17,6 +17,11 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 
+def leave(message):
+    """With one line on stderr, as the scripts do on wrong use."""
+    print(f"test_turns.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
 def take_part(asks, path, *flags):
     """The script of that path in this process; it asks by a byte to that descriptor and goes on by one from
     stdin: '1' to go on alone, '*' to go on when all others ask so, too."""
@@ -46,9 +51,10 @@ def in_turns(names, flags, out=sys.stdout):
     """Run scripts 'PATH:RUNS' in turns. -> [exit code], in the order of their ends; out gets whose turn
     it is, and at the end of each script what it printed."""
     parts, codes, waiting, flags = [], [], {}, list(flags)
+    for path in [name.partition(":")[0] for name in names]:  # before any starts
+        os.path.exists(path) or leave(f"there is no {path}")
     for name in names:
         path, _, runs = name.partition(":")
-        os.path.exists(path) or sys.exit(f"test_turns.py: error: there is no {path}")
         asks, own = os.pipe()
         command = [sys.executable, __file__, "--part", str(own), path, "--runs", runs or "1", *flags]
         log = tempfile.TemporaryFile("w+")
@@ -96,6 +102,6 @@ if __name__ == "__main__":
         take_part(*sys.argv[2:])
         sys.exit()
     first = next((i for i, word in enumerate(sys.argv) if i and word[0] == "-"), len(sys.argv))
-    first > 1 or sys.exit(__doc__)
+    first > 1 or leave("name scripts to run, as airbench/main8_compile.py:40")
     with contextlib.suppress(KeyboardInterrupt):  # of which each script says what it keeps
         sys.exit(max(in_turns(sys.argv[1:first], sys.argv[first:])))
