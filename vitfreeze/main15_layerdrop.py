@@ -514,27 +514,29 @@ def view_of(step, steps_per_epoch):
     return epoch % HYP["views"] if stored else None
 
 class Views:
-    """Tokens of views of each image, [images, tokens, dim] per view, and how many layers they have passed."""
-    def __init__(self, images, device):
-        self.tokens, self.device = {}, device
-        self.passed = torch.zeros(max(HYP["views"], 1), images, dtype=torch.int64)
-    def __call__(self, model, images, kept, index, view, level, first):
+    """Tokens of views of each image, [images, tokens, dim] per view, and how many layers those of each epoch
+    have passed, if this process saw its first step."""
+    def __init__(self, images, per_epoch, device):
+        self.images, self.per_epoch, self.device, self.tokens, self.passed = images, per_epoch, device, {}, {}
+    def __call__(self, model, images, kept, index, view, step, level):
         """Tokens [B, 1 + n, dim] after the first `level` layers, all frozen, of a view of images [index], or,
-        where view is None, of images that are not stored. Those after the `first` layers, as many as were
-        frozen when the epoch began, are stored, so that next time all images of a batch go on from there."""
+        where view is None, of images that are not stored. Those after as many layers as were frozen when the
+        epoch began are stored, so that all images go on from there when the view comes back."""
+        epoch, place = divmod(step, self.per_epoch)
+        first = freeze_level(step - place, self.per_epoch)
         with torch.no_grad():
             if view is None:
                 return model.prefix(images, kept, level)
-            row = index.cpu()
-            passed = self.passed[view, row]
-            known = int(passed[0]) if (passed == passed[0]).all() else 0  # not all, where a run went on
+            if place == 0:
+                self.passed[epoch] = first
+            known = self.passed.get(epoch - HYP["views"], 0)  # 0, too, where a run went on within that epoch
             x = self.tokens[view][index].float() if known else None
             if known < first:
                 x = model.prefix(images, kept, first, x, known)
                 if view not in self.tokens:
-                    shape = self.passed.shape[1], *x.shape[1:]
+                    shape = self.images, *x.shape[1:]
                     self.tokens[view] = torch.empty(shape, dtype=DTYPE[self.device.type], device=self.device)
-                self.tokens[view][index], self.passed[view, row] = x.to(self.tokens[view].dtype), first
+                self.tokens[view][index] = x.to(self.tokens[view].dtype)
             return model.prefix(images, kept, level, x, first) if first < level else x
 
 def plan(train_set, seed, first_step, last_step, device):
@@ -1221,13 +1223,13 @@ def train(args, folder, train_set, test_set, run, seed, device):
         if level < 2 or keeps_graph() or not (HYP["views"] or is_latent(level)):
             return []
         view = view_of(step, per_epoch) if isinstance(train_set, Memory) else None
-        kept, whole, first = model.kept(noise), [], freeze_level(step - step % per_epoch, per_epoch)
+        kept = model.kept(noise)
         with autocast(device):
-            whole = [wholes(model, images, None, index, view, level, first)] if is_latent(level) else []
+            whole = [wholes(model, images, None, index, view, step, level)] if is_latent(level) else []
             if whole and HYP["latent"] == "both":
                 places = F.pad(kept + 1, (1, 0))[:, :, None].expand(-1, -1, whole[0].shape[2])
                 return [whole[0].gather(1, places), *whole]
-            return [views(model, images, kept, index, view, level, first), *whole]
+            return [views(model, images, kept, index, view, step, level), *whole]
     def forward_backward(images, noise, *frozen):
         with autocast(device):
             losses = net(images, noise, level, *frozen, dropped=dropped)
@@ -1276,7 +1278,7 @@ def train(args, folder, train_set, test_set, run, seed, device):
     where = train_set.images.device if isinstance(train_set, Memory) else "cpu"
     plans, noises = itertools.tee(plan(train_set, seed, step, last_step, where))
     crops = train_set.crops((batch for batch, _ in plans), model.size.image)
-    views, wholes = (Views(len(train_set.labels), device) for _ in range(2))
+    views, wholes = (Views(len(train_set.labels), per_epoch, device) for _ in range(2))
     timer.lap("reset")
     take_step = advance()
     for number, (images, ((index, _), noise)) in enumerate(zip(crops, noises), 1):

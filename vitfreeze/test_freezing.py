@@ -193,23 +193,35 @@ def test_a_stage_on_every_block():
         losses = model(images, torch.rand(2, 196), 4)
         assert [loss > 0 for loss in losses.tolist()] == [False] * 3 + [True] * 9
 
-def test_stored_tokens_are_those_of_the_whole_prefix():
-    """To the bit: fresh ones, those that go on from a lower level, also in mid-epoch, those of images some of
-    which are not stored, and of no view"""
-    with settings(CACHE, size="nano", views=3):
-        model, views = CACHE.make_model(CPU, 0), CACHE.Views(20, CPU)
-        images, noise = photos(20), torch.rand(20, 64, generator=torch.Generator().manual_seed(1))
-        for index, view, level, first in (
-                ([3, 1, 7, 2], 0, 2, 2), ([7, 3, 1, 2], 0, 2, 2), ([2, 1, 3, 7], 0, 4, 3),
-                ([2, 3, 1, 7], 0, 4, 3), ([3, 1, 5, 4], 1, 3, 2), ([3, 6, 5, 0], 1, 3, 3),
-                ([5, 0, 3, 6], 1, 4, 3), ([0, 1, 2, 3], None, 4, 2)):
-            index = torch.tensor(index)
-            found = views(model, images[index], noise[index], index, view, level, first)
-            wanted = model.prefix(images[index], model.kept(noise[index]), level)
+def test_stored_tokens_are_those_of_the_whole_prefix(monkeypatch):
+    """To the bit: of no view, fresh ones, those that go on from a lower level, also in mid-epoch. Those of an
+    epoch are used again if all of it was seen, as it is not by a run that goes on in the midst of it."""
+    levels, calls = dict(enumerate([0, 2, 2, 2, 2, 3, 3, 4])), []  # when an epoch of two steps begins
+    monkeypatch.setitem(CACHE.Views.__call__.__globals__, "freeze_level", lambda step, _: levels[step // 2])
+    prefix = CACHE.LocalMIM.prefix
+    def counted(self, images, kept, level, x=None, passed=0):
+        calls.append((passed, level))
+        return prefix(self, images, kept, level, x, passed)
+    with settings(CACHE, size="nano", views=2):
+        model, views = CACHE.make_model(CPU, 0), CACHE.Views(9, 2, CPU)
+        images, noise = photos(9), torch.rand(9, 64, generator=torch.Generator().manual_seed(1))
+        monkeypatch.setattr(CACHE.LocalMIM, "prefix", counted)
+        for index, step, level, expected in (
+                ([3, 1, 7], 1, 2, [(0, 2)]),  # no view
+                ([1, 5, 2], 3, 2, [(0, 2)]),  # an epoch whose first step was not seen
+                ([3, 1, 7], 4, 2, [(0, 2)]), ([5, 8, 2], 5, 2, [(0, 2)]),
+                ([7, 5, 1], 6, 2, [(0, 2)]), ([3, 2, 8], 7, 2, [(0, 2)]),
+                ([2, 3, 5], 8, 2, []), ([7, 1, 8], 9, 3, [(2, 3)]),
+                ([8, 7, 5], 10, 3, [(2, 3)]), ([3, 2, 1], 11, 4, [(2, 3), (3, 4)]),
+                ([7, 3, 8], 12, 4, [(2, 3), (3, 4)]), ([5, 1, 2], 13, 4, [(2, 3), (3, 4)]),
+                ([5, 7, 1], 14, 4, [(3, 4)]), ([3, 2, 8], 15, 4, [(3, 4)])):
+            index, view = torch.tensor(index), None if step < 2 else step // 2 % 2
+            found = views(model, images[index], noise[index], index, view, step, level)
+            wanted = prefix(model, images[index], model.kept(noise[index]), level)
             assert torch.equal(found, wanted) and not found.requires_grad
-        assert views.passed[0].tolist() == [0, 3, 3, 3, 0, 0, 0, 3] + [0] * 12
-        assert views.passed[1].tolist() == [3, 2, 0, 3, 2, 3, 3] + [0] * 13
-        assert set(views.tokens) == {0, 1} and views.passed[2].sum() == 0
+            assert calls == expected, step
+            calls.clear()
+        assert set(views.tokens) == {0, 1}
         whole = model(images, noise, 3)
         stored = model(images, noise, 3, model.prefix(images, model.kept(noise), 3).detach())
         assert torch.equal(whole, stored)
@@ -256,7 +268,7 @@ def test_flops_saved_by_storing(t_0, saved):
 def test_storing_changes_nothing_but_time(data, tmp_path):
     """A run that computes every prefix afresh ends with the same weights; and one with a store does the work
     that its line says, here with steps of which an epoch leaves some images out."""
-    def afresh(self, model, images, noise, index, view, level, first):
+    def afresh(self, model, images, noise, index, view, step, level):
         with torch.no_grad():
             return model.prefix(images, model.kept(noise), level)
     def change(module):
