@@ -1,5 +1,5 @@
 """Checks of fine-tuning, linear probe and k-NN, each part against a slow, published or independent form."""
-import contextlib, json, math, os, pathlib, re, shutil, signal, socket, subprocess, sys, types
+import contextlib, json, math, os, pathlib, re, signal, socket, subprocess, sys, types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

@@ -832,16 +832,19 @@ def scores(setting, found):
     costs = [1000 * line["pflops"] for line, _ in runs]
     return {run["seed"]: 100 * run["acc"] for _, run in runs}, sum(costs) / len(costs) if costs else None
 
-def control_scores(cost, found):
-    """{seed: 20-NN % of main4, between its lengths, at that many TFLOPs}"""
-    lengths = [scores((name.stem.split("_")[0], flags, epochs), found) for name, epochs, flags in found
-               if name == MAINS[4] and not flags]
+def between(cost, lengths):
+    """{seed: %} of main4 at that many TFLOPs, or {}, from ({seed: %}, TFLOPs) of some of its lengths"""
     lengths = sorted(lengths, key=lambda length: length[1])
     costs = [length[1] for length in lengths]
     if cost is None or not costs or not costs[0] <= cost <= 1.001 * costs[-1]:
         return {}
     seeds = set.intersection(*({*values} for values, _ in lengths))
     return {seed: float(np.interp(cost, costs, [values[seed] for values, _ in lengths])) for seed in seeds}
+
+def control_scores(cost, found):
+    """{seed: 20-NN % of main4, between its lengths, at that many TFLOPs}"""
+    return between(cost, [scores((name.stem.split("_")[0], flags, epochs), found)
+                          for name, epochs, flags in found if name == MAINS[4] and not flags])
 
 def downstream_scores(one, two):
     """[({(checkpoint, seed): %}, TFLOPs)] of both settings, of lines that agree in all else, the checkpoint
@@ -973,24 +976,35 @@ def votes_rows():
     return rows
 
 def probes_rows():
-    """A row per script and encoder: accuracy of linear probe or fine-tuning, seed by seed against random."""
+    """A row per script and encoder: accuracy of linear probe or fine-tuning, seed by seed against random, and
+    against main4 of as many FLOPs of pre-training, as the table of settings has them."""
     rows = [["Script", "Epochs", "Images a step", "Encoder", "Accuracy %", "runs",
-             "less that of random weights (pairs)", "Machine"]]
+             "less that of random weights (pairs)", "less that after main4 of as many TFLOPs (pairs)",
+             "Machine"]]
+    costs = {f"{RUNS['size']}, `{path.name}`, {epochs:g} epochs": 1000 * float(
+        np.mean([line["pflops"] for line, _ in runs]))
+        for (path, epochs, flags), runs in frontier().items() if not flags}
     for path in (HERE / "linprobe.py", HERE / "finetune.py"):
         def settings_of(line):
             return json.dumps({key: value for key, value in line["hyp"].items() if key != "pretrained"})
         groups = groups_of(path, lambda line: (settings_of(line), origin(line)))
+        scores = {key: {run["seed"]: run["acc"] for _, run in group} for key, group in groups.items()}
         for (settings_, name), group in groups.items():
-            accs = {run["seed"]: run["acc"] for _, run in group}
-            random = groups.get((settings_, f"{group[0][0]['hyp']['size']}, random weights"), [])
-            pairs = [accs[run["seed"]] - run["acc"] for _, run in random if run["seed"] in accs]
-            against = f"{mean_std(pairs, 2, 100)} ({len(pairs)})" if pairs and random is not group else ""
+            accs = scores[settings_, name]
+            random = scores.get((settings_, f"{group[0][0]['hyp']['size']}, random weights"), {})
+            control = {} if MAINS[4].name in name else between(costs.get(name), [
+                (values, costs[other]) for (same, other), values in scores.items()
+                if same == settings_ and MAINS[4].name in other and other in costs])
+            points = [[accs[seed] - values[seed] for seed in sorted(accs.keys() & values.keys())]
+                      for values in (random if random is not accs else {}, control)]
             values, usual = json.loads(settings_), json.loads(next(iter(groups))[0])
             own = "".join(f" `--{key} {written(value)}`" for key, value in values.items() if key not in (
                 "epochs", "warmup_epochs", "batch_size", "blr") and usual[key] != value)
             rows.append([named(path, [line for line, _ in group]) + own, f"{values['epochs']:g}",
                          str(values["batch_size"] * values["accum_iter"]), name,
-                         mean_std([*accs.values()], 2, 100), str(len(accs)), against, machine(group[-1][0])])
+                         mean_std([*accs.values()], 2, 100), str(len(accs)),
+                         *(f"{mean_std(part, 2, 100)} ({len(part)})" if part else "" for part in points),
+                         machine(group[-1][0])])
     return rows
 
 def result_line(path, values, accs, tflops, file="frontier"):
@@ -1008,6 +1022,27 @@ def frontier_line(number, accs, tflops, epochs=LENGTH, **own):
 def tuning_line(name, accs, checkpoint="a", step=1, **own):
     source = dict(step=step, seed=ord(checkpoint), sha256=checkpoint)
     return result_line(HERE / f"{name}.py", dict(own, pretrained=source), accs, 5.0, name)
+
+def test_probes_are_compared_with_the_control(monkeypatch):
+    """main5 costs as much as a run of main4 halfway between its two lengths would; others have no control."""
+    def line(name, script, accs, epochs=LENGTH, **own):
+        source = script and dict(script=script, epochs=epochs, seed=0, sha256="")
+        values = dict(hyp(HERE / f"{name}.py"), pretrained=source, **RUNS, **own)
+        return result_line(HERE / f"{name}.py", values, accs, 5.0, name)
+    monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: [
+        frontier_line(4, [0.3], 10.0, 0.5), frontier_line(4, [0.3], 20.0), frontier_line(5, [0.3], 15.0),
+        frontier_line(6, [0.3], 25.0), line("linprobe", None, [0.1, 0.2, 0.3]),
+        line("linprobe", MAINS[4].name, [0.40, 0.50], 0.5), line("linprobe", MAINS[4].name, [0.50, 0.70]),
+        line("linprobe", MAINS[5].name, [0.46, 0.58, 0.9]), line("linprobe", MAINS[6].name, [0.9]),
+        line("linprobe", MAINS[5].name, [0.9], weight_decay=0.5)])
+    assert [row[3:8] for row in probes_rows()[1:]] == [
+        ["micro, random weights", "20.00 ± 10.00", "3", "", ""],
+        ["micro, `main4_compile.py`, 0.5 epochs", "45.00 ± 7.07", "2", "30.00 ± 0.00 (2)", ""],
+        ["micro, `main4_compile.py`, 1 epochs", "60.00 ± 14.14", "2", "45.00 ± 7.07 (2)", ""],
+        ["micro, `main5_freezeout.py`, 1 epochs", "64.67 ± 22.74", "3", "44.67 ± 13.32 (3)",
+         "-0.50 ± 2.12 (2)"],
+        ["micro, `main6_globallr.py`, 1 epochs", "90.00", "1", "80.00 (1)", ""],
+        ["micro, `main5_freezeout.py`, 1 epochs", "90.00", "1", "", ""]]
 
 def test_control_is_drawn_between_the_lengths_of_main4(monkeypatch):
     lines = [frontier_line(4, [0.4, 0.42], 20.0, 4.0), frontier_line(4, [0.5], 40.0, 8.0),
