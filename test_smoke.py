@@ -30,8 +30,7 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150,
     "airbench/main9_muon.py": 100,  # an optimizer comes, another one and its lookahead leave
     "airbench/main10_graph.py": 140,  # data, crops and learning rates in buffers that stay in place
-    "airbench/main14_augment.py": 70,  # a Triton kernel
-    "airbench/main15_fuse.py": 100,  # two Triton kernels, forward and backward
+    "airbench/main14_augment.py": 70, "airbench/main15_fuse.py": 100,  # Triton kernels
     "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
     "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
     "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
@@ -40,20 +39,23 @@ BUDGETS = {  # changed lines; 60 elsewhere
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and a Triton kernel; then two more of these
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
+    "airbench/main21_update.py": 720,
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
     "hnet_cl": 1290,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
+AFTER = {"main21_update.py": "main18_tail.py"}  # the step that one goes on from, where that is not the last
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
 
 # ---------------------------------------------------------------------- scripts as text
 def scripts(ladder):
-    """[(predecessor or None, script)] of a folder: mainN after mainN-1, X_y after X, others after main0."""
+    """[(predecessor or None, script)]: mainN after mainN-1 or AFTER, X_y after X, others after main0."""
     folder = ROOT / ladder
     mains = sorted(folder.glob("main*.py"), key=lambda path: int(re.match(r"main(\d+)_", path.name)[1]))
     others = sorted(path for path in folder.glob("*.py") if path not in mains and path.name[:5] != "test_")
     before = {path: folder / f"{path.stem.rpartition('_')[0]}.py" for path in others}
-    return list(zip([None] + mains, mains)) + [
+    after = [(folder / AFTER.get(path.name, old.name), path) for old, path in zip(mains, mains[1:])]
+    return [(None, mains[0]), *after] + [
         (old if old in others else mains[0], path) for path, old in before.items()]
 
 ALL = [pair for ladder in LADDERS for pair in scripts(ladder)]
@@ -135,7 +137,6 @@ def test_steps_are_small():
     for before, after in ALL:
         if before and after.name.startswith("main"):
             added, removed = changed_lines(before, after)
-            print(f"{before.name} -> {after.name}: +{added} -{removed}")
             assert added + removed <= BUDGETS.get(f"{after.parent.name}/{after.name}", 60), after.name
 
 def test_files_fit_on_a_page():
@@ -174,9 +175,8 @@ def machine(line):
     """What must be the same for two times to compare."""
     if line["device"] == "cuda":
         return f"{line['gpu']} at {line['power_limit_w']} W, torch {line['torch']}"
-    cpu, dtype = line["cpu"].replace("(R)", ""), line.get("dtype", "float32")
-    dtype = dtype.replace("bfloat16 autocast", "bf16")
-    return f"{cpu}, {line['cpu_threads']} threads, {dtype}, torch {line['torch']}"
+    dtype = line.get("dtype", "float32").replace("bfloat16 autocast", "bf16")
+    return f"{line['cpu'].replace('(R)', '')}, {line['cpu_threads']} threads, {dtype}, torch {line['torch']}"
 
 def pool(lines, path, device, name=None):
     """All usable runs of a script on 'cuda' or 'cpu', of one machine or the one used last, as a dict or None.

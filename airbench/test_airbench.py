@@ -25,7 +25,8 @@ import torch.nn.functional as F
 CPU = torch.device("cpu")
 BF16 = "bf16" in pathlib.Path("/proc/cpuinfo").read_text()  # then matrix products are rounded to it
 MAINS = {int(path.stem.split("_")[0][4:]): path for _, path in scripts("airbench") if path.name[:4] == "main"}
-LAST = max(number for number, path in MAINS.items() if "no gain" not in docstring(path)["Adds"])
+LAST = max(number for number, header in zip(MAINS, map(docstring, MAINS.values()))  # that is known to help
+           if number < 9 or header["Result"] != "not measured" and "no gain" not in header["Adds"])
 
 def main(number):
     return load(MAINS[number])
@@ -42,14 +43,14 @@ def model_of(module, seed=0):
     module.reset(model, images(500))
     return model
 
-EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0] + [10.0] * 6 + [8.875] * 4
-STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200] + [250] * 6 + [284] * 4
+EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0] + [10.0] * 6 + [8.875] * 5
+STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200] + [250] * 6 + [284] * 5
 NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29,
-           0.36] + [0.35] * 5 + [0.31, 0.31, 0.31, 0.26]
+           0.36] + [0.35] * 5 + [0.31, 0.31, 0.31, 0.26, 0.31]
 EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6,
-            290.6, 266.6] + [258.3] * 5 + [231.0, 231.0, 231.0, 188.6]
+            290.6, 266.6] + [258.3] * 5 + [231.0, 231.0, 231.0, 188.6, 231.0]
 
-@pytest.mark.parametrize("number", range(21))
+@pytest.mark.parametrize("number", range(22))
 def test_published_budget(number):
     module = main(number)
     assert module.HYP["epochs"] == EPOCHS[number]
@@ -431,12 +432,10 @@ def kernels():
     scale = torch.tensor([module.CIFAR_MEAN, module.CIFAR_STD], device=gpu)
     moves = torch.stack([torch.randperm(50000)[:2000], *torch.randint(5, (2, 2000)),
                          torch.randint(2, (2000,))]).to(gpu)
-    tones = torch.rand(2, 2000, device=gpu)
-    shift, factor = tones[:, :, None, None, None]
     for size in (32, 28, 24, 23):
         def plain():
-            return ((module.batch_crop(pixels, *moves, size) + shift) * factor).to(module.DTYPE["cuda"])
-        triton = lambda: module.augment(pixels, moves, tones, scale, size)
+            return module.batch_crop(pixels, *moves, size).to(module.DTYPE["cuda"])
+        triton = lambda: module.augment(pixels, moves, scale, size)
         for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
             module.DTYPE["cuda"] = dtype
             torch.testing.assert_close(triton(), plain(), atol=bound, rtol=0)
@@ -483,6 +482,7 @@ def profile(gpu, out, steps=20):
     module.reset(model, train_set["images"])
     model.compile(dynamic=False)
     step = module.Step(model, train_set)
+    step.optimizer.update = torch.compile(step.optimizer.update, dynamic=False)
     step.loader.reset(train_set["labels"])
     step.loader.shuffle()
     step.optimizer.reset([100 * steps] * 4)

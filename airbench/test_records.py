@@ -50,22 +50,27 @@ def test_muon_against_the_recurrence():
         for name, p in named.items():
             assert torch.allclose(p, slow[name], atol=1e-4), name
 
-def test_stacks_give_the_same_updates_as_single_filters():
-    models = [model_of(main(number)) for number in (12, 13)]
+@pytest.mark.parametrize("numbers", [(12, 13), (18, 21)])
+def test_stacks_give_the_same_updates_as_single_filters(numbers):
+    """One stack of all shapes does, too, traced for compilation in one piece."""
+    models = [model_of(main(number)) for number in numbers]
     models[1].load_state_dict(models[0].state_dict())  # whitened by other images
-    optimizers = [main(number).make_optimizer(model) for number, model in zip((12, 13), models)]
+    optimizers = [main(number).make_optimizer(model) for number, model in zip(numbers, models)]
+    if numbers[1] == 21:
+        optimizers[1].update = torch.compile(optimizers[1].update, backend="aot_eager", fullgraph=True)
     shapes = [p.shape for p in optimizers[1].param_groups[3]["params"]]
     assert len(shapes) == 6 and len(set(shapes)) == 4
     for optimizer in optimizers:
         optimizer.reset([9] * 4)
-    for _ in range(2):
+    before = [p.detach().clone() for p in models[0].parameters()]
+    for _ in range(3):
         for p, q in zip(*(model.parameters() for model in models)):
             p.grad = torch.randn_like(p) if p.requires_grad else None
             q.grad = None if p.grad is None else p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for p, q in zip(*(model.parameters() for model in models)):
-        assert torch.allclose(p, q, atol=0.02 if BF16 else 1e-5)
+    for old, p, q in zip(before, *(model.parameters() for model in models)):
+        assert (p - q).norm() <= (0.01 if BF16 else 1e-4) * (p - old).norm()
 
 def test_learning_rates_fall_to_zero():
     schedule = main(9).schedule
