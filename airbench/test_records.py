@@ -267,7 +267,8 @@ def pool_norm_act(inputs, grad, bias, interpret, monkeypatch, number=15):
 MAPS = [(3, 64, 23, 21), (2, 64, 27, 27), (1, 64, 31, 31), (2, 256, 6, 6), (2, 128, 5, 5), (4, 64, 7, 3)] + [
     (1, 256, side, side) for side in (11, 13, 15, 7)]  # of all sizes from 24, 28 and 32 pixels, and others
 
-@pytest.mark.parametrize("shape, number", [(shape, 15) for shape in MAPS] + [(MAPS[0], 16), (MAPS[3], 16)])
+@pytest.mark.parametrize("shape, number", [(shape, 15) for shape in MAPS] + [
+    (MAPS[0], 16), (MAPS[3], 16), (MAPS[1], 23), (MAPS[4], 23)])
 def test_fused_norm_equals_its_plain_form(shape, number, monkeypatch):
     """In Triton's interpreter: within 1e-5 in fp32, in fp16 no further from fp32 than the plain form is."""
     inputs, bias = pooled_maps(*shape), torch.randn(shape[1])
@@ -319,12 +320,13 @@ def test_last_step_trains_as_the_one_before(monkeypatch):
     views = [model.eval()(inputs) for model in models]
     assert torch.allclose(*views, atol=1e-5)
 
-@pytest.mark.parametrize("number", [15, 16])
-def test_fused_norm_compiles_for_a_gpu(number):
-    """To machine code for an H100, without a GPU; and torch.compile takes a group in one piece, from whose
-    outputs the gradient reaches the kernel. In its own process, where nothing is interpreted."""
+@pytest.mark.parametrize("number, warps, threads", [(15, 16, 512), (16, 16, 512), (23, 8, 1024)])
+def test_fused_norm_compiles_for_a_gpu(number, warps, threads):
+    """To machine code for an H100, without a GPU, of which so many threads find registers at a time; and
+    torch.compile takes a group in one piece, from whose outputs the gradient reaches the kernel. In its own
+    process, where nothing is interpreted."""
     code = f"""
-import os, sys, types, torch, torch.utils._triton, triton
+import os, re, subprocess, sys, tempfile, types, torch, torch.utils._triton, triton
 sys.path.insert(0, {str(MAINS[number].parent)!r})
 import {MAINS[number].stem} as m
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -335,8 +337,16 @@ for kernel in (m._pool_fwd_kernel, m._pool_bwd_kernel):
     types_ = {{name: "*fp16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}}
     types_ |= {{name: kind for name, kind in dict(tap_ptr="*i8", part_ptr="*fp32", stat_ptr="*fp32").items()
                if name in types_}}
-    source = ASTSource(fn=kernel, signature=types_)
-    assert len(triton.compile(source, target=target, options=dict(num_warps=16)).asm["cubin"]) > 1000
+    sides = "height", "width"
+    aligned = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(types_) if name not in sides}}
+    source = ASTSource(fn=kernel, signature=types_, attrs=aligned)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(triton.compile(source, target=target, options=dict(num_warps={warps})).asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    registers = -(-int(re.search("REG:([0-9]+)", usage)[1]) // 8) * 8  # of 65536, in eights
+    assert 65536 // (registers * 32 * {warps}) * 32 * {warps} == {threads}, usage
 os.environ["TRITON_INTERPRET"] = "1"  # now kernels are taken on a CPU, but as they are
 torch.utils._triton.has_triton = lambda: True
 triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
@@ -425,3 +435,39 @@ def test_even_kernel_starts_as_the_identity_and_spares_a_row():
     assert flops[0] - flops[1] == 2 * 256 * 256 * (9 * 49 - 4 * 36)
     share = 2 * 24 * 64 * 9 * 31 * 31 / flops[1]  # what the frozen stem saves, of the matmuls alone
     assert module.HYP["nominal_frozen"] == pytest.approx(share, rel=0.02)
+
+@pytest.mark.parametrize("size", [32, 28, 24, 5])
+def test_stem_kernel_equals_its_plain_form(size, monkeypatch):
+    """In the interpreter, in fp32 and as near in fp16 as rounding allows; a live bias gets its gradient."""
+    model, module = model_of(main(22)), main(22)
+    weight, bias = model.stem.weight.data, model.stem.bias.detach() + torch.randn(24)
+    for inputs in (torch.randn(3, 3, size, size), torch.randn(3, size, size, 3).permute(0, 3, 1, 2)):
+        slow = F.gelu(F.conv2d(inputs.double(), weight.double(), bias.double()))
+        for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+            fast = module.stem(*(part.to(dtype) for part in (inputs, weight, bias)))
+            assert fast.shape == slow.shape and fast.is_contiguous(memory_format=torch.channels_last)
+            assert fast.dtype == dtype and (fast - slow).abs().max() <= bound * slow.abs().max()
+    monkeypatch.setattr(module, "_stem_fwd_kernel", None)
+    bias.requires_grad_()
+    module.stem(inputs, weight, bias).sum().backward()
+    x = F.conv2d(inputs, weight, bias).detach().requires_grad_()
+    F.gelu(x).sum().backward()
+    assert torch.allclose(bias.grad, x.grad.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+def test_stem_kernel_is_taken_in_tests_and_once_the_stem_is_frozen(monkeypatch):
+    taken, model, module = [], model_of(main(22)), main(22)
+    kernel = module._stem_fwd_kernel
+    class Counted:
+        def __getitem__(self, grid):
+            taken.append(grid)
+            return kernel[grid]
+    monkeypatch.setattr(module, "_stem_fwd_kernel", Counted())
+    inputs = torch.randn(2, 3, 24, 24)
+    for train_stem, count in ((True, 0), (False, 1)):
+        model(inputs, train_stem)
+        assert len(taken) == count
+    other = model_of(main(21))
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        views = [model.eval()(inputs), other.eval()(inputs)]
+    assert len(taken) == 2 and torch.allclose(*views, atol=1e-4)
