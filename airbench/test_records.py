@@ -473,3 +473,32 @@ def test_stem_kernel_is_taken_in_tests_and_once_the_stem_is_frozen(monkeypatch):
     with torch.no_grad():
         views = [model.eval()(inputs), other.eval()(inputs)]
     assert len(taken) == 2 and torch.allclose(*views, atol=1e-4)
+
+def test_rest_of_the_step_compiled_gives_the_same_weights(monkeypatch):
+    """Loss, metrics and learning rates in pieces that are traced whole, over the whole fall of the rates."""
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    found = []
+    for number in (23, 24):
+        module = main(number)
+        monkeypatch.setitem(module.HYP, "batch_size", 8)
+        model, train_set = model_of(module), module.draw_synthetic(40, 0)
+        step = module.Step(model, train_set)
+        if number == 24:
+            step.objective, step.optimizer.tick = (torch.compile(
+                part, backend="aot_eager", fullgraph=True) for part in (module.objective, module.tick))
+        torch.manual_seed(3)
+        step.loader.reset(train_set["labels"])
+        step.loader.shuffle()
+        step.optimizer.reset([2] + [4] * 3)
+        model.train()
+        rates, metrics = [], []
+        for index in range(5):
+            step(index < 2, 24)
+            rates.append([float(group["lr"]) for group in step.optimizer.param_groups])
+            metrics.append(step.metrics.tolist())
+        found.append((rates, metrics, [p.detach().clone() for p in model.parameters()]))
+    (rates, metrics, weights), (others, rows, values) = found
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(others))
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(rows), rtol=1e-4, atol=0)
+    assert all(torch.allclose(p, q, atol=1e-3 if BF16 else 1e-5) for p, q in zip(weights, values))
+    assert len({rate[0] for rate in rates}) == 3 and rates[4][3] == pytest.approx(0.05 * rates[0][3])
