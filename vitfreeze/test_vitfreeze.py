@@ -531,16 +531,26 @@ def test_wrong_flags(data, tmp_path):
         assert code == 2 and text.count("\n") == 1, text
 
 # ---------------------------------------------------------------------- tables
+@functools.cache
+def text_of(path):
+    """sha256 of a script's text below its header"""
+    return hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
+
 def lines_of(path, file, data="cifar10"):
-    """Result lines of a script in results/FILE on that data, oldest first."""
-    lines = [line for line in read_results("vitfreeze") if line["file"] == f"{file}.jsonl"]
+    """Result lines of a script in results/FILE on that data, oldest first; of lines with the same settings on
+    the same machine those of the script's present text, or else those of the text that was measured last."""
+    lines, groups = [line for line in read_results("vitfreeze") if line["file"] == f"{file}.jsonl"], {}
     lines = [line for line in lines if line["script"] == path.name and line["data"] == data]
-    return sorted((line for line in lines if not line["dry_run"]), key=lambda line: line["utc"])
+    lines = sorted((line for line in lines if not line["dry_run"]), key=lambda line: line["utc"])
+    key = lambda line: json.dumps([line["hyp"], machine(line)])
+    for line in lines:
+        groups.setdefault(key(line), []).append(line["sha256"])
+    texts = {name: text_of(path) if text_of(path) in group else group[-1] for name, group in groups.items()}
+    return [line for line in lines if line["sha256"] == texts[key(line)]]
 
 def named(path, lines):
     """The script's name, with a mark where a line is of an earlier text of it."""
-    body = hashlib.sha256(path.read_text().split('"""', 2)[2].encode()).hexdigest()
-    return f"`{path.name}`" + " (†)" * any(line["sha256"] != body for line in lines)
+    return f"`{path.name}`" + " (†)" * any(line["sha256"] != text_of(path) for line in lines)
 
 def ladder_rows():
     """A row per step: speed on a CPU against the step before, as pairs of runs made in turns; on a GPU speed
@@ -789,7 +799,8 @@ QUESTIONS = [  # what is asked, and pairs of settings: yes means that the first 
      [(rung(4, epochs=epochs), rung(4, epochs=epochs / 2)) for epochs in (2.0, 1.0)]),
     ("Do losses fall from fine to coarse stages, as 4 : 3 : 2 : 1? (O4)", "sizes"),
     ("Are weights of 1/4, 1/3, 1/2, 1 from fine to coarse stages better than equal ones? And 1 / loss? (O5)",
-     [(rung(8, flags), rung(7)) for flags in ("", "--stage_weights equalised")]),  # main7 has equal ones
+     [(rung(8), rung(7)),  # main7 has equal ones
+      (rung(8, "--stage_weights equalised", 3.0), rung(7, epochs=3.0))]),  # by the losses of the last epoch
     ("Is a constant learning rate with a short decay better than a cosine, without freezing? (O6, T7)",
      [(rung(7, "--t_0 1"), rung(4))]),
     ("Does freezing beat stopping early, as main4 of as many FLOPs does? (O7)",
@@ -802,7 +813,7 @@ QUESTIONS = [  # what is asked, and pairs of settings: yes means that the first 
      [(rung(9, flags), rung(8, flags)) for flags in ("", "--t_0 0.5")]),
     ("Does another task for the finest stage help: pixels? (T3)", [(rung(13), rung(12))]),
     ("Does a ramp of the weights from fine to coarse stages help? (T4)",
-     [(rung(8, "--stage_weights ramp"), rung(7))]),
+     [(rung(8, "--stage_weights ramp", 3.0), rung(7, epochs=3.0))]),  # from epoch to epoch
     ("Does self-distillation help? (T5)", [(rung(14), rung(13))]),
     ("Does skipping layers at random help? (T6)", [(rung(15), rung(14))]),
     ("Does freezing in fine-tuning, where it saves time, help? (T8)",
@@ -1043,6 +1054,15 @@ def test_probes_are_compared_with_the_control(monkeypatch):
          "-0.50 ± 2.12 (2)"],
         ["micro, `main6_globallr.py`, 1 epochs", "90.00", "1", "80.00 (1)", ""],
         ["micro, `main5_freezeout.py`, 1 epochs", "90.00", "1", "", ""]]
+
+def test_lines_of_the_present_text_take_the_place_of_others(monkeypatch):
+    lines = [dict(frontier_line(6, [acc], 10.0, epochs), sha256=text, utc=utc) for acc, epochs, text, utc in (
+        (0.1, 1.0, "old", "1"), (0.2, 1.0, "older", "0"), (0.3, 1.0, text_of(MAINS[6]), "2"),
+        (0.4, 2.0, "old", "4"), (0.5, 2.0, "older", "3"), (0.6, 2.0, "old", "5"))]
+    monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
+    assert [line["runs"][0]["acc"] for line in lines_of(MAINS[6], "frontier")] == [0.3, 0.4, 0.6]
+    assert [row[:4:3] for row in frontier_rows()[1:]] == [["`main6_globallr.py`", "10.0"],
+                                                          ["`main6_globallr.py` (†)", "10.0"]]
 
 def test_control_is_drawn_between_the_lengths_of_main4(monkeypatch):
     lines = [frontier_line(4, [0.4, 0.42], 20.0, 4.0), frontier_line(4, [0.5], 40.0, 8.0),
