@@ -1057,7 +1057,7 @@ def test_probes_are_compared_with_the_control(monkeypatch):
 
 def test_lines_of_the_present_text_take_the_place_of_others(monkeypatch):
     lines = [dict(frontier_line(6, [acc], 10.0, epochs), sha256=text, utc=utc) for acc, epochs, text, utc in (
-        (0.1, 1.0, "old", "1"), (0.2, 1.0, "older", "0"), (0.3, 1.0, text_of(MAINS[6]), "2"),
+        (0.1, 1.0, "other", "2"), (0.2, 1.0, "older", "0"), (0.3, 1.0, text_of(MAINS[6]), "1"),
         (0.4, 2.0, "old", "4"), (0.5, 2.0, "older", "3"), (0.6, 2.0, "old", "5"))]
     monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
     assert [line["runs"][0]["acc"] for line in lines_of(MAINS[6], "frontier")] == [0.3, 0.4, 0.6]
