@@ -35,11 +35,11 @@ BUDGETS = {  # changed lines; 60 elsewhere
     "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
     "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
     "hnet_cl/main12_gram.py": 80, "hnet_cl/main13_graph.py": 105,  # the loop's body becomes a step to replay
-    "hnet_cl/main14_seeds.py": 175}  # that step, and the bookkeeping of a run, are of all seeds
+    "hnet_cl/main14_seeds.py": 175, "airbench/main26_first.py": 145}  # step and bookkeeping are of all seeds
 LINES = {  # of a script, 500 elsewhere
-    "airbench": 600,  # from main9 on: an optimizer, a CUDA graph and a Triton kernel; then two more of these
+    "airbench": 600, "airbench/main26_first.py": 860,  # from main9 on: optimizer, CUDA graph, Triton kernels
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
-    **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest".split()},
+    **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
     "hnet_cl": 1290,  # four main networks, splits and checkpoints come before the first idea
     "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
