@@ -2,16 +2,14 @@
 
     python test_smoke.py                               every check, those in the ladders' folders too, by file
     python test_smoke.py tables                        rewrite README tables and Result lines from results/
-    python test_smoke.py short SCRIPT EPOCHS [FLAG..]  run SCRIPT with fewer epochs, all else as it is, for
-                                                       results/short.jsonl unless --out is given
+    python test_smoke.py short SCRIPT EPOCHS [FLAG..]  SCRIPT of fewer epochs, to results/short.jsonl or --out
     python test_smoke.py kernels LADDER                check and time its kernels on this GPU
 
 A ladder is a folder in LADDERS with mainN_name.py files; whatever else it holds is compared with its main0.
-The checks of its ideas, the TABLES of its README and FILES, pictures made from results, are in its
-test_LADDER.py.
+The checks of its ideas, the TABLES of its README, FILES made from results: all in its test_LADDER.py.
 """
-import ast, concurrent.futures, functools, hashlib, importlib.util, json, os, pathlib, pickle, re, resource
-import shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
+import ast, concurrent.futures, functools, hashlib, importlib.util, itertools, json, os, pathlib, pickle, re
+import resource, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
 
 import pytest
 
@@ -22,27 +20,24 @@ ROOT = pathlib.Path(__file__).resolve().parent
 LADDERS = ["airbench", "vitfreeze", "hypernet", "hnet_cl"]
 DATA_SETS = "cifar10", "cifar10+cifar100"  # whole ones, whose results are published
 KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
-BUDGETS = {  # changed lines; 60 elsewhere
-    "airbench/main5_lookahead.py": 90, "airbench/main6_tta.py": 90, "vitfreeze/main1_hog.py": 150,
-    "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
-    "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 155, "vitfreeze/main11_latent.py": 150,
-    "vitfreeze/main12_autofreeze.py": 100, "vitfreeze/main15_layerdrop.py": 100,
-    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150,
-    "airbench/main9_muon.py": 100,  # an optimizer comes, another one and its lookahead leave
-    "airbench/main10_graph.py": 140,  # data, crops and learning rates in buffers that stay in place
-    "airbench/main14_augment.py": 70, "airbench/main15_fuse.py": 100,  # Triton kernels
-    "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110,
-    "hnet_cl/main8_bbb.py": 190,  # Gaussians reach the start, the penalty, the loss and the tests
-    "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175,  # a second hypernetwork, and its score
-    "hnet_cl/main12_gram.py": 80, "hnet_cl/main13_graph.py": 105,  # the loop's body becomes a step to replay
-    "hnet_cl/main14_seeds.py": 175, "airbench/main26_first.py": 145}  # step and bookkeeping are of all seeds
+BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, loops to replay
+    "airbench/main5_lookahead.py": 90, "airbench/main6_tta.py": 90, "airbench/main9_muon.py": 100,
+    "airbench/main10_graph.py": 140, "airbench/main14_augment.py": 70, "airbench/main15_fuse.py": 100,
+    "airbench/main26_first.py": 145, "vitfreeze/main1_hog.py": 150, "vitfreeze/main2_tokens.py": 150,
+    "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
+    "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 155,
+    "vitfreeze/main11_latent.py": 150, "vitfreeze/main12_autofreeze.py": 100,
+    "vitfreeze/main15_layerdrop.py": 100, "hypernet/main7_compile.py": 270,
+    "hypernet/main8_autodecode.py": 150, "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90,
+    "hnet_cl/main6_structured.py": 110, "hnet_cl/main8_bbb.py": 190, "hnet_cl/main9_samples.py": 70,
+    "hnet_cl/main10_ssge.py": 175, "hnet_cl/main12_gram.py": 80, "hnet_cl/main13_graph.py": 105,
+    "hnet_cl/main14_seeds.py": 175}
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600, "airbench/main26_first.py": 860,  # from main9 on: optimizer, CUDA graph, Triton kernels
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1450,  # these runs survive, are shared out and read folders
-    "hnet_cl": 1290,  # four main networks, splits and checkpoints come before the first idea
-    "hypernet": 750}  # half of a script reads pairs and scores connectors; embed.py trains encoders
+    "hnet_cl": 1290, "hypernet": 750}  # four networks, splits, checkpoints; reading pairs, scoring connectors
 AFTER = {"main21_update.py": "main18_tail.py"}  # the step that one goes on from, where that is not the last
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
@@ -189,8 +184,8 @@ def pool(lines, path, device, name=None):
     text = body if any(line["sha256"] == body for line in lines) else lines[-1]["sha256"]
     lines = [line for line in lines if line["sha256"] == text]
     accs, times = ([run[key] for line in lines for run in line["runs"]] for key in ("acc", "time_seconds"))
-    return dict(lines[-1], times=times, n=len(times), peak_mib=max(line["peak_mib"] for line in lines),
-                accs=accs, seconds=statistics.fmean(times),
+    return dict(lines[-1], lines=lines, times=times, n=len(times), accs=accs, seconds=statistics.fmean(times),
+                peak_mib=max(line["peak_mib"] for line in lines),
                 peak_tflops=statistics.fmean(line["peak_tflops"] for line in lines for _ in line["runs"]),
                 mark="" if text == body else " (†)")
 
@@ -199,8 +194,13 @@ def mean_std(values, digits, scale=1.0):
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
-def welch(a, b):
-    """95 % interval of mean(a) - mean(b), as text; fewer than 10 runs of either say nothing."""
+def welch(new, old, scale=1.0):
+    """95 % interval of the difference of the mean times of two pools, as text, by those of their lines that
+    ended nearest to each other, as do those of one go; fewer than 10 runs of either say nothing."""
+    ended = lambda line: time.mktime(time.strptime(line["utc"], "%Y-%m-%dT%H:%M:%SZ"))
+    apart = lambda pair: abs(ended(pair[0]) - ended(pair[1]))
+    pair = min(itertools.product(new["lines"], old["lines"]), key=apart)
+    a, b = ([run["time_seconds"] * scale for run in line["runs"]] for line in pair)
     if min(len(a), len(b)) < 10:
         return "not measured"
     (mean_a, std_a, *_), (mean_b, std_b, *_) = (load(ALL[0][1]).statistics(values, 0) for values in (a, b))
@@ -236,7 +236,7 @@ def with_result(before, path):
         accuracy = f"{mean_std(found['accs'], 2, 100)} % (n={found['n']}){found['mark']}"
         line = f"{accuracy}, {seconds}, {machine(found)}"
     if gpu and before and (other := pool(lines, before, "cuda")):
-        delta = welch(gpu["times"], other["times"]).replace("]", "] s [95 % interval]")
+        delta = welch(gpu, other).replace("]", "] s [95 % interval]")
     text = re.sub(r"^Result: .*$", lambda _: f"Result: {line}", text, count=1, flags=re.M)
     return re.sub(r"^Vs previous: .*$", lambda _: f"Vs previous: {delta}", text, count=1, flags=re.M)
 

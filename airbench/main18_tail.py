@@ -2,7 +2,7 @@
 
 Adds: a moving average over the last 20 steps, every 4 steps, takes the place of the weights at the end
 Changes: HYP TailAverage train
-Result: 94.05 ± 0.16 % (n=12), 1.011 ± 0.004 s, NVIDIA H200 at 700.00 W, torch 2.11.0
+Result: 94.02 ± 0.14 % (n=32), 1.013 ± 0.004 s, NVIDIA H200 at 700.00 W, torch 2.11.0
 Vs previous: +0.002 [-0.001, +0.006] s [95 % interval]
 Source: Fulcrum's record of 2026 (fulcrumresearch/cifar-10-speedrun, MIT)
 Run: python airbench/main18_tail.py --runs 200

@@ -2,8 +2,8 @@
 
 Adds: the updates of the filters are compiled, those of all shapes as one stack
 Changes: update_filters Muon main
-Result: not measured
-Vs previous: not measured
+Result: 94.01 ± 0.12 % (n=20), 0.940 ± 0.004 s, NVIDIA H200 at 700.00 W, torch 2.11.0
+Vs previous: -0.075 [-0.077, -0.073] s [95 % interval]
 Source: torch.compile of optimizers is common; one stack of all shapes: written afresh.
 Run: python airbench/main21_update.py --runs 200
 

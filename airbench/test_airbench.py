@@ -263,10 +263,9 @@ def airbench_rows(mains, device):
             if result := pool(lines, path, device, name):
                 share = result["pflops"] * 1e5 / result["peak_tflops"] / result["seconds"]
                 other = pool(lines, before, device, name) if before and mains else None
-                delta = [[time_ * scale for time_ in part["times"]] for part in (result, other) if part]
                 measured = [f"{mean_std(result['accs'], 2, 100)} ({result['n']}){result['mark']}",
                             mean_std(result["times"], 3 if device == "cuda" else 2, scale),
-                            welch(*delta) if other else "not measured",
+                            welch(result, other, scale) if other else "not measured",
                             f"{share:.1f}" if share < 100 else "not measured",
                             f"{result['peak_mib']:.0f}", name]
             rows.append([f"`{path.name}`", head["Adds"].removeprefix("baseline: ").rstrip("."),
@@ -417,7 +416,6 @@ def kernels():
     """Check the kernels on this GPU against plain forms, time both, and add JSON lines to kernels.jsonl."""
     from triton.testing import do_bench
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False
     gpu, out, module = torch.device("cuda"), HERE / "results" / "kernels.jsonl", main(max(MAINS))
     def measure(name, size, ways, moved):
         for way, function in ways.items():
@@ -446,8 +444,7 @@ def kernels():
     weight, bias = torch.randn(24, 3, 2, 2, device=gpu), torch.randn(24, device=gpu)
     for size in (32, 28, 24, 23):
         maps = torch.randn(2000, 3, size, size, device=gpu).to(memory_format=torch.channels_last)
-        def plain(*parts):
-            return F.gelu(F.conv2d(*parts))
+        plain = lambda *parts: F.gelu(F.conv2d(*parts))
         slow = plain(maps.double(), weight.double(), bias.double())
         for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
             parts = [part.to(dtype) for part in (maps, weight, bias)]
@@ -457,8 +454,7 @@ def kernels():
             measure("stem", f"2000 images of {size}", {
                 way: functools.partial(form, *parts) for way, form in ways.items()},
                 2 * 2000 * (3 * size ** 2 + 24 * (size - 1) ** 2))
-    def plain(norm, inputs):
-        return F.silu(norm(F.max_pool2d(inputs, 2)))
+    plain = lambda norm, inputs: F.silu(norm(F.max_pool2d(inputs, 2)))
     for channels, side in ((64, 31), (64, 27), (64, 23), (256, 15), (256, 13), (256, 11), (256, 7), (256, 4)):
         maps = torch.randn(2000, channels, side, side, device=gpu)
         maps += torch.linspace(-4, 4, channels, device=gpu)[:, None, None]
@@ -489,17 +485,20 @@ def kernels():
                  inductor=lambda norm, maps, conv: norm.pooled(conv(maps)))  # cuDNN's, with the kernels above
     for side in (27, 23, 31):  # small whole numbers, so that all forms agree on what is largest
         maps = torch.randint(-2, 3, (1536, 24, side, side), device=gpu).to(memory_format=torch.channels_last)
-        weight, norm = torch.randint(-2, 3, (64, 24, 3, 3), device=gpu), module.BatchNorm(64).to(gpu)
+        weight = torch.randint(-2, 3, (64, 24, 3, 3), device=gpu)
         grad = torch.randn(1536, side // 2, side // 2, 64, device=gpu).permute(0, 3, 1, 2)
         def both_ways(form, dtype):
+            norm = module.BatchNorm(64).to(gpu, torch.promote_types(dtype, torch.float32))
             conv = module.Conv(24, 64).to(gpu, dtype, memory_format=torch.channels_last)
             conv.weight.data.copy_(weight)
             def run(inputs=maps.to(dtype), grad=grad.to(dtype)):
                 outputs = form(norm, inputs, conv)
                 return outputs, *torch.autograd.grad(outputs, (conv.weight, norm.bias), grad)
             return run
-        for slow, fast, rounded, rough in zip(*(both_ways(forms[way], dtype)() for dtype in (
-                torch.float32, torch.half) for way in ("eager", "triton"))):
+        with torch.backends.cudnn.flags(enabled=False):  # since it rounds, in fp32 and as Winograd would
+            exact = both_ways(forms["eager"], torch.float64)()
+        for slow, fast, rounded, rough in zip(exact, *(both_ways(forms[way], dtype)() for way, dtype in (
+                ("triton", torch.float32), ("eager", torch.half), ("triton", torch.half)))):
             assert (fast - slow).abs().max() <= 2e-5 * slow.abs().max()
             assert (rough - slow).abs().max() <= (rounded - slow).abs().max() + 1e-3 * slow.abs().max()
     forms = {way: both_ways(torch.compile(forms[way], dynamic=False), torch.half) for way in list(forms)[1:]}

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from test_airbench import BF16, MAINS, images, main, model_of
-from test_smoke import ENV
+from test_smoke import ENV, welch
 
 import pytest
 import torch
@@ -320,7 +320,8 @@ def test_last_step_trains_as_the_one_before(monkeypatch):
     views = [model.eval()(inputs) for model in models]
     assert torch.allclose(*views, atol=1e-5)
 
-@pytest.mark.parametrize("number, warps, threads", [(15, 16, 512), (16, 16, 512), (23, 8, 1024)])
+@pytest.mark.parametrize("number, warps, threads", [
+    (15, 16, (512, 512)), (16, 16, (512, 512)), (23, 4, (640, 896)), (26, 4, (640, 896))])
 def test_fused_norm_compiles_for_a_gpu(number, warps, threads):
     """To machine code for an H100, without a GPU, of which so many threads find registers at a time; and
     torch.compile takes a group, or the whole network with its stem, in one piece, from whose outputs the
@@ -333,7 +334,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 target = GPUTarget("cuda", 90, 32)
-for kernel in (m._pool_fwd_kernel, m._pool_bwd_kernel):
+for kernel, threads in zip((m._pool_fwd_kernel, m._pool_bwd_kernel), {threads}):
     types_ = {{name: "*fp16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}}
     types_ |= {{name: kind for name, kind in dict(tap_ptr="*i8", part_ptr="*fp32", stat_ptr="*fp32").items()
                if name in types_}}
@@ -346,12 +347,24 @@ for kernel in (m._pool_fwd_kernel, m._pool_bwd_kernel):
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
     registers = -(-int(re.search("REG:([0-9]+)", usage)[1]) // 8) * 8  # of 65536, in eights
-    assert 65536 // (registers * 32 * {warps}) * 32 * {warps} == {threads}, usage
+    assert 65536 // (registers * 32 * {warps}) * 32 * {warps} == threads, usage
 if {number} > 21:
     fixed = dict(size=32, C=24, BLOCK=128, LANES=32)
     kinds = {{name: "constexpr" if name in fixed else "*fp16" for name in m._stem_fwd_kernel.arg_names}}
     source = ASTSource(fn=m._stem_fwd_kernel, signature=dict(kinds, total="i32"), constexprs=fixed)
     assert len(triton.compile(source, target=target).asm["cubin"]) > 1000
+if {number} > 25:
+    fixed = dict(BLOCK=64, STEPS=32)
+    for kernel, stages in ((m._conv_fwd_kernel, 2), (m._conv_bwd_kernel, 1)):
+        kinds = {{name: "*fp16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}}
+        kinds |= dict(tap_ptr="*i8", part_ptr="*fp32", stat_ptr="*fp32", dW_ptr="*fp32") | {{
+            name: "constexpr" for name in fixed}}
+        kinds = {{name: kinds[name] for name in kernel.arg_names}}
+        pointers = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(kinds) if name[-4:] == "_ptr"}}
+        values = {{name: value for name, value in fixed.items() if name in kinds}}
+        source = ASTSource(fn=kernel, signature=kinds, constexprs=values, attrs=pointers)
+        made = triton.compile(source, target=target, options=dict(num_warps=4, num_stages=stages)).asm["ptx"]
+        assert "wgmma" in made and "ld.global.b16" not in made  # tensor cores, and whole vectors from memory
 os.environ["TRITON_INTERPRET"] = "1"  # now kernels are taken on a CPU, but as they are
 torch.utils._triton.has_triton = lambda: True
 triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
@@ -461,14 +474,62 @@ def test_stem_kernel_equals_its_plain_form(size, monkeypatch):
     F.gelu(x).sum().backward()
     assert torch.allclose(bias.grad, x.grad.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize("side", [31, 27, 23, 8])
+def test_convolution_with_pooling_equals_its_plain_form(side, monkeypatch):
+    """In the interpreter, on small whole numbers, whose products all forms add up without rounding, so that
+    they agree on what is largest."""
+    module, out = main(26), []
+    inputs, grad = torch.randint(-2, 3, (3, 24, side, side)), torch.randn(3, 64, side // 2, side // 2)
+    inputs[:, :, :2, -2:] = 0  # ties
+    weight = torch.randint(-2, 3, (64, 24, 3, 3))
+    for dtype, fused in ((torch.float64, False), (torch.float32, True), (torch.float16, False),
+                         (torch.float16, True)):
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if fused else "")
+        conv, norm = module.Conv(24, 64).to(dtype), module.BatchNorm(64)
+        norm = norm.double() if dtype == torch.float64 else norm
+        conv.weight.data.copy_(weight)
+        maps = inputs.to(dtype, memory_format=torch.channels_last)
+        outputs = norm.pooled(maps, conv)
+        outputs.backward(grad.to(dtype))
+        assert outputs.dtype == conv.weight.grad.dtype == dtype
+        assert outputs.is_contiguous(memory_format=torch.channels_last)
+        out.append([value.detach().double() for value in (
+            outputs, norm.running_mean, norm.running_var, conv.weight.grad, norm.bias.grad)])
+    for name, slow, fast, usual, half in zip("outputs mean var weight bias".split(), *out):
+        assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max(), name
+        assert (half - slow).abs().max() <= (usual - slow).abs().max() + 1e-3 * slow.abs().max(), name
+
+def test_convolution_with_pooling_is_taken_once_the_stem_is_frozen(monkeypatch):
+    """And trains as the script before does."""
+    taken, models = [], [model_of(main(number)) for number in (25, 26)]
+    monkeypatch.setattr(main(26), "_conv_fwd_kernel", Counted(main(26)._conv_fwd_kernel, taken))
+    models[1].load_state_dict(models[0].state_dict())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = torch.randn(2, 3, 24, 24)
+    for train_stem, count in ((True, 0), (False, 1)):
+        grads = []
+        for model in models:
+            model.zero_grad()
+            F.cross_entropy(model(inputs, train_stem) * 30, torch.tensor([3, 8])).backward()
+            grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert len(taken) == count and len(grads[0]) == len(grads[1])
+        for one, two in zip(*grads):
+            assert (one - two).abs().max() <= 1e-4 * one.abs().max()
+    for model in models:
+        model.eval()(inputs)
+    assert len(taken) == 1
+
+class Counted:
+    """A kernel that notes how it is launched."""
+    def __init__(self, kernel, taken):
+        self.kernel, self.taken = kernel, taken
+    def __getitem__(self, grid):
+        self.taken.append(grid)
+        return self.kernel[grid]
+
 def test_stem_kernel_is_taken_in_tests_and_once_the_stem_is_frozen(monkeypatch):
     taken, model, module = [], model_of(main(22)), main(22)
-    kernel = module._stem_fwd_kernel
-    class Counted:
-        def __getitem__(self, grid):
-            taken.append(grid)
-            return kernel[grid]
-    monkeypatch.setattr(module, "_stem_fwd_kernel", Counted())
+    monkeypatch.setattr(module, "_stem_fwd_kernel", Counted(module._stem_fwd_kernel, taken))
     inputs = torch.randn(2, 3, 24, 24)
     for train_stem, count in ((True, 0), (False, 1)):
         model(inputs, train_stem)
@@ -507,3 +568,12 @@ def test_rest_of_the_step_compiled_gives_the_same_weights(monkeypatch):
     torch.testing.assert_close(torch.tensor(metrics), torch.tensor(rows), rtol=1e-4, atol=0)
     assert all(torch.allclose(p, q, atol=1e-3 if BF16 else 1e-5) for p, q in zip(weights, values))
     assert len({rate[0] for rate in rates}) == 3 and rates[4][3] == pytest.approx(0.05 * rates[0][3])
+
+def test_times_are_compared_within_one_go():
+    """Of two lines of a script, the one that ended nearest to the other script's counts; ten runs at least."""
+    def line(seconds, utc, n=10):
+        return dict(utc=utc, runs=[dict(time_seconds=seconds + i / 100) for i in range(n)])
+    old = dict(lines=[line(2, "2026-11-26T09:00:00Z"), line(3, "2026-11-27T01:00:00Z")])
+    new = dict(lines=[line(1, "2026-11-26T23:30:00Z")])
+    assert welch(new, old).startswith("-2.000 [-2.0") and welch(new, old, 1 / 60).startswith("-0.033 [")
+    assert welch(dict(lines=[line(1, "2026-11-26T23:30:00Z", 9)]), old) == "not measured"

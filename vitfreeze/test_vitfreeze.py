@@ -556,7 +556,8 @@ def ladder_rows():
     """A row per step: speed on a CPU against the step before, as pairs of runs made in turns; on a GPU speed
     of ViT-B and its share of what matmuls alone would allow."""
     rows = [["Script", "Adds", "Diff", "Images/s, CPU", "Step, ms", "against the step before (pairs)",
-             "Peak MiB", "Machine", "Images/s, ViT-B, GPU", "% of the matmul rate", "Peak GiB", "Machine"]]
+             "Peak MiB", "Machine", "Images/s, ViT-B, GPU", "Median step, ms",
+             "% of the matmul rate", "Peak GiB", "Machine"]]
     for before, path in zip([None] + MAINS, MAINS[:5]):
         lines, ratio, measured = lines_of(path, "speed", "synthetic"), "", ["not measured"] * 5
         assert len({json.dumps([line["hyp"], machine(line)]) for line in lines}) <= 1, "speeds do not compare"
@@ -568,9 +569,10 @@ def ladder_rows():
             measured = [mean_std([line["images_per_s"] for line in lines], 0),
                         mean_std([line["step_ms_p50"] for line in lines], 0), ratio,
                         f"{max(line['peak_mib'] for line in lines):.0f}", machine(lines[-1])]
-        large, fast = lines_of(path, "base", "synthetic"), ["not measured"] * 4
+        large, fast = lines_of(path, "base", "synthetic"), ["not measured"] * 5
         if large:
             fast = [mean_std([line["images_per_s"] for line in large], 0),
+                    mean_std([line["step_ms_p50"] for line in large], 0),
                     mean_std([line["mfu"] for line in large], 1, 100),
                     f"{max(line['peak_mib'] for line in large) / 1024:.1f}", machine(large[-1])]
         diff = "+{} -{}".format(*changed_lines(before, path)) if before else ""
@@ -1137,7 +1139,21 @@ def test_picture_of_the_frontier_is_that_of_the_results(monkeypatch):
               if part.text in [*"1234"] and float(part.get("x")) < 590]
     assert len({*places}) == 4
 
+def kernel_rows():
+    """What the kernels reach on the GPU measured last, beside plain forms."""
+    lines, ways = read_results("vitfreeze"), ("triton", "inductor", "eager")
+    lines = [line for line in lines if "gb_per_s" in line]
+    found = {(line["kernel"], line["size"], line["way"]): line for line in lines}
+    rows = [["Kernel", "Size", "Triton ms", "Inductor ms", "eager ms", "Triton GB/s", "Machine"]]
+    for kernel, size in dict.fromkeys((kernel, size) for kernel, size, _ in found):
+        forms = [found.get((kernel, size, way)) for way in ways]
+        forms[2] = forms[2] or found.get((kernel, size, "main0"))
+        best = forms[0] or found[kernel, size, "torch"]
+        rows.append([kernel, size, *(f"{form['ms']:.3f}" if form else "" for form in forms),
+                     f"{best['gb_per_s']:.0f}", machine(best)])
+    return rows if found else rows + [["hog; add and norm", *["not measured"] * 6]]
+
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
-    ladder=ladder_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows, freezing=freezing_rows,
+    ladder=ladder_rows, kernels=kernel_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows, freezing=freezing_rows,
     saving=saving_rows, staircase=staircase_rows, frontier=frontier_rows, questions=questions_rows).items()}
 FILES = {"frontier.svg": frontier_svg}
