@@ -23,8 +23,8 @@ KEYS = ["Adds", "Changes", "Result", "Vs previous", "Source", "Run"]
 BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, loops to replay
     "airbench/main5_lookahead.py": 90, "airbench/main6_tta.py": 90, "airbench/main9_muon.py": 100,
     "airbench/main10_graph.py": 140, "airbench/main14_augment.py": 70, "airbench/main15_fuse.py": 100,
-    "airbench/main26_first.py": 145, "vitfreeze/main1_hog.py": 150, "vitfreeze/main2_tokens.py": 150,
-    "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
+    "airbench/main26_first.py": 145, "airbench/main28_norms.py": 85, "vitfreeze/main1_hog.py": 150,
+    "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
     "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 155,
     "vitfreeze/main11_latent.py": 150, "vitfreeze/main12_autofreeze.py": 100,
     "vitfreeze/main15_layerdrop.py": 100, "hypernet/main7_compile.py": 270,
@@ -33,11 +33,11 @@ BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, 
     "hnet_cl/main10_ssge.py": 175, "hnet_cl/main12_gram.py": 80, "hnet_cl/main13_graph.py": 105,
     "hnet_cl/main14_seeds.py": 175}
 LINES = {  # of a script, 500 elsewhere
-    "airbench": 600, "airbench/main26_first.py": 860,  # from main9 on: optimizer, CUDA graph, Triton kernels
+    "airbench": 600,  # from main9 on: an optimizer, a CUDA graph, and then one Triton kernel after the other
+    **{f"airbench/main{i}.py": 940 for i in "26_first 27_sums 28_norms".split()},
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
-    "vitfreeze": 1450,  # these runs survive, are shared out and read folders
-    "hnet_cl": 1290, "hypernet": 750}  # four networks, splits, checkpoints; reading pairs, scoring connectors
+    "vitfreeze": 1450, "hnet_cl": 1290, "hypernet": 750}  # checkpoints, folders, splits, four networks, pairs
 AFTER = {"main21_update.py": "main18_tail.py"}  # the step that one goes on from, where that is not the last
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script of every ladder
