@@ -1155,5 +1155,6 @@ def kernel_rows():
 
 TABLES = {name: lambda rows=rows: markdown(rows()) for name, rows in dict(
     ladder=ladder_rows, kernels=kernel_rows, learning=learning_rows, votes=votes_rows, probes=probes_rows,
-    freezing=freezing_rows, saving=saving_rows, staircase=staircase_rows, frontier=frontier_rows, questions=questions_rows).items()}
+    freezing=freezing_rows, saving=saving_rows, staircase=staircase_rows, frontier=frontier_rows,
+    questions=questions_rows).items()}
 FILES = {"frontier.svg": frontier_svg}
