@@ -349,10 +349,14 @@ def load_folder(root):
     notes = root / "val" / "val_annotations.txt"
     if notes.exists():
         rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
-        test = [(str(root / "val" / "images" / name), train.class_to_idx[wnid]) for name, wnid in rows]
+        test = [(str(root / "val" / "images" / name), wnid) for name, wnid in rows]
     else:
-        test = torchvision.datasets.ImageFolder(root / "val", allow_empty=True).samples
+        val = torchvision.datasets.ImageFolder(root / "val", allow_empty=True)
+        test = [(path, val.classes[number]) for path, number in val.samples]
     train.samples and test or fail(3, f"no images under {root / 'train'} or {root / 'val'}")
+    unknown = {name for _, name in test} - {*train.classes}
+    unknown and fail(3, f"{root / 'val'} has images of {min(unknown)}, {root / 'train'} has none")
+    test = [(path, train.class_to_idx[name]) for path, name in test]
     return Folder(train.samples), Folder(test)
 
 def load_data(folder):
@@ -567,16 +571,18 @@ def read_checkpoint(path):
         return torch.load(path, weights_only=True, map_location="cpu")
     print(f"{SCRIPT.name}: warning: {path} is missing or damaged", file=sys.stderr)
 
-def latest_checkpoint(folder, resume, per_step):
+def latest_checkpoint(folder, resume, per_step, seed):
     """State of the file to resume, or of the newest whole checkpoint of the folder, or None; exit 3 or 2. How
-    the images of a step are shared out may change, their number may not."""
+    the images of a step are shared out may change, but neither their number nor seed nor script."""
     paths = [pathlib.Path(resume)] if resume else sorted(folder.glob("checkpoint-*.pt"), reverse=True)
     state = next(filter(None, map(read_checkpoint, paths)), None)
     state or not resume or fail(3, f"cannot resume from {resume}")
     free = "workers", "save_epochs", "batch_size", "accum_iter"
     differing = [key for key in HYP if state and key not in free and state["hyp"].get(key) != HYP[key]]
     differing += ["batch_size"] if state and state["per_step"] != per_step else []
-    differing and fail(2, f"the checkpoint in {folder} was made with another {', '.join(differing)}")
+    own = dict(seed=seed, script=SCRIPT.name)
+    differing += [key for key in own if state and state[key] != own[key]]
+    differing and fail(2, f"{resume or folder} holds a checkpoint of another {', '.join(differing)}")
     return state
 
 def pretrained(path):
@@ -659,7 +665,7 @@ def train(args, folder, train_set, test_set, run, seed, device, weights):
     per_step = HYP["batch_size"] * passes * WORLD
     per_epoch, classes = len(train_set.labels) // per_step, int(train_set.labels.max()) + 1
     last_step, model = round(HYP["epochs"] * per_epoch), make_model(device, seed, weights, classes)
-    optimizer, state = make_optimizer(model), latest_checkpoint(folder, args.resume, per_step)
+    optimizer, state = make_optimizer(model), latest_checkpoint(folder, args.resume, per_step, seed)
     step, rows, count, loss_sum = 0, [], 0, torch.zeros((), device=device)
     if state:
         model.load_state_dict(state["model"])
@@ -688,8 +694,10 @@ def train(args, folder, train_set, test_set, run, seed, device, weights):
         print_training_details(COLUMNS, dict(row, **details))
     def save():
         timer.lap("train")
+        mean = loss_sum / WORLD
+        WORLD > 1 and dist.all_reduce(mean)
         RANK or save_checkpoint(folder, dict(
-            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rows=rows, sums=loss_sum,
+            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rows=rows, sums=mean,
             count=count, seconds=dict(timer), hyp=HYP, seed=seed, per_step=per_step, script=SCRIPT.name))
         timer.lap("save")
     plans, rest = itertools.tee(plan(train_set, seed, step, last_step))
@@ -713,16 +721,18 @@ def train(args, folder, train_set, test_set, run, seed, device, weights):
             group["lr"] = group["scale"] * learning_rate(step, per_epoch)
         optimizer.step()
         optimizer.zero_grad()
-        step, count, stopping = step + 1, count + 1, torch.tensor(len(stop))
-        WORLD > 1 and dist.all_reduce(stopping)  # all processes stop after the same step
+        asked = torch.tensor([len(stop), time.perf_counter() - timer.last > 60])
+        WORLD > 1 and dist.all_reduce(asked)  # all processes stop and report after the same step
+        step, count, (stopping, late) = step + 1, count + 1, asked.tolist()
         if step % per_epoch == 0 or step == last_step:
             report(keep=True)
             count, loss_sum = 0, torch.zeros_like(loss_sum)
-        elif time.perf_counter() - timer.last > 60:
+        elif late:
             report(keep=False)
         if stopping or step == last_step or step % max(1, round(HYP["save_epochs"] * per_epoch)) == 0:
             save()
         stopping and fail(143, f"stopped after {step} of {last_step} steps; the same command continues")
+    stop and fail(143, f"stopped after run {run}; the same command continues")
     broken = sorted(train_set.broken | test_set.broken)
     return dict(acc=rows[-1]["val_acc"], top5=rows[-1]["val_top5"], time_seconds=timer["train"], seed=seed,
                 parts=timer, broken=broken, epochs=rows)
@@ -743,9 +753,11 @@ def main(args):
     for name in ("batch_size", "accum_iter", "epochs"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
     HYP["drop_path"] < 1 or fail(2, "--drop_path must be below 1")
+    min(HYP[name] for name in ("mixup", "cutmix", "rand_ops")) >= 0 or fail(
+        2, "--mixup, --cutmix and --rand_ops start at 0")
     mixed = HYP["mixup"] or HYP["cutmix"]
     mixed and HYP["batch_size"] % 2 and fail(2, "--batch_size must be even: mixup mixes pairs of images")
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
@@ -756,17 +768,20 @@ def main(args):
     n_train, per_step = len(train_set.labels), HYP["batch_size"] * HYP["accum_iter"] * WORLD
     n_train >= per_step or fail(3, f"{n_train} images do not fill a step of {per_step}")
     HYP["epochs"] = 2 / (n_train // per_step) if args.dry_run else HYP["epochs"]
+    math.isfinite(HYP["epochs"]) and round(HYP["epochs"] * (n_train // per_step)) or fail(
+        2, f"--epochs {HYP['epochs']} is no number of steps")
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
     with autocast(device):
         torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['lr'] or HYP['blr'] * per_step / 256:.3g}")
     images = round(HYP["epochs"] * (n_train // per_step)) * per_step
     flops = images * encoder_flops(backward=True)
     env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
-    key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([SHA256, HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
     runs = []

@@ -159,10 +159,14 @@ def load_folder(root):
     notes = root / "val" / "val_annotations.txt"
     if notes.exists():
         rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
-        test = [(str(root / "val" / "images" / name), train.class_to_idx[wnid]) for name, wnid in rows]
+        test = [(str(root / "val" / "images" / name), wnid) for name, wnid in rows]
     else:
-        test = torchvision.datasets.ImageFolder(root / "val", allow_empty=True).samples
+        val = torchvision.datasets.ImageFolder(root / "val", allow_empty=True)
+        test = [(path, val.classes[number]) for path, number in val.samples]
     train.samples and test or fail(3, f"no images under {root / 'train'} or {root / 'val'}")
+    unknown = {name for _, name in test} - {*train.classes}
+    unknown and fail(3, f"{root / 'val'} has images of {min(unknown)}, {root / 'train'} has none")
+    test = [(path, train.class_to_idx[name]) for path, name in test]
     return Folder(train.samples), Folder(test)
 
 def load_data(folder):
@@ -484,7 +488,7 @@ def main(args):
     HYP["batch_size"] > 0 or fail(2, "--batch_size must be above 0")
     HYP["features"] in ("encoder", "pixels", "hog") or fail(2, "--features is encoder, pixels or hog")
     HYP["features"] == "encoder" or not args.finetune or fail(2, "--features of images take no --finetune")
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
@@ -496,6 +500,7 @@ def main(args):
     peak, env = peak_flops(device), environment(device)
     with autocast(device):
         torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     images = len(train_set.labels) + len(test_set.labels)
     flops = images * encoder_flops(backward=False) * (HYP["features"] == "encoder")
     env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")

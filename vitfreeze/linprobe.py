@@ -13,7 +13,7 @@ The encoder is frozen, so it sees each image a few times only: as it is, and in 
 features are kept (4 * (views + 1) * images * dim bytes), and the head trains on a random one of them per
 image and epoch: a cheaper equivalent of a new crop in every epoch. A feature is the mean patch token, or the
 class token, of the last stage after its norm. A step is one batch for the batch norm, however many passes or
-processes make it up: these share the work of the encoder, and then all train the same head.
+processes make it up: these share the work of the encoder on crops, and then all train the same head.
 """
 CODE = open(__file__, encoding="utf-8").read()
 #############################################
@@ -259,10 +259,14 @@ def load_folder(root):
     notes = root / "val" / "val_annotations.txt"
     if notes.exists():
         rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
-        test = [(str(root / "val" / "images" / name), train.class_to_idx[wnid]) for name, wnid in rows]
+        test = [(str(root / "val" / "images" / name), wnid) for name, wnid in rows]
     else:
-        test = torchvision.datasets.ImageFolder(root / "val", allow_empty=True).samples
+        val = torchvision.datasets.ImageFolder(root / "val", allow_empty=True)
+        test = [(path, val.classes[number]) for path, number in val.samples]
     train.samples and test or fail(3, f"no images under {root / 'train'} or {root / 'val'}")
+    unknown = {name for _, name in test} - {*train.classes}
+    unknown and fail(3, f"{root / 'val'} has images of {min(unknown)}, {root / 'train'} has none")
+    test = [(path, train.class_to_idx[name]) for path, name in test]
     return Folder(train.samples), Folder(test)
 
 def load_data(folder):
@@ -459,16 +463,18 @@ def read_checkpoint(path):
         return torch.load(path, weights_only=True, map_location="cpu")
     print(f"{SCRIPT.name}: warning: {path} is missing or damaged", file=sys.stderr)
 
-def latest_checkpoint(folder, resume, per_step):
+def latest_checkpoint(folder, resume, per_step, seed):
     """State of the file to resume, or of the newest whole checkpoint of the folder, or None; exit 3 or 2. How
-    the images of a step are shared out may change, their number may not."""
+    the images of a step are shared out may change, but neither their number nor seed nor script."""
     paths = [pathlib.Path(resume)] if resume else sorted(folder.glob("checkpoint-*.pt"), reverse=True)
     state = next(filter(None, map(read_checkpoint, paths)), None)
     state or not resume or fail(3, f"cannot resume from {resume}")
     free = "workers", "save_epochs", "batch_size", "accum_iter"
     differing = [key for key in HYP if state and key not in free and state["hyp"].get(key) != HYP[key]]
     differing += ["batch_size"] if state and state["per_step"] != per_step else []
-    differing and fail(2, f"the checkpoint in {folder} was made with another {', '.join(differing)}")
+    own = dict(seed=seed, script=SCRIPT.name)
+    differing += [key for key in own if state and state[key] != own[key]]
+    differing and fail(2, f"{resume or folder} holds a checkpoint of another {', '.join(differing)}")
     return state
 
 def pretrained(path):
@@ -580,7 +586,7 @@ def train(args, folder, table, labels, test_inputs, test_labels, run, seed):
     per_step, classes = HYP["batch_size"] * HYP["accum_iter"] * WORLD, int(labels.max()) + 1
     per_epoch, head = len(labels) // per_step, make_head(table.shape[2], classes, seed).to(device)
     last_step, optimizer = round(HYP["epochs"] * per_epoch), LARS(head.parameters())
-    state = latest_checkpoint(folder, args.resume, per_step)
+    state = latest_checkpoint(folder, args.resume, per_step, seed)
     step, rows, count, loss_sum = 0, [], 0, torch.zeros((), device=device)
     if state:
         head.load_state_dict(state["model"])
@@ -628,6 +634,7 @@ def train(args, folder, table, labels, test_inputs, test_labels, run, seed):
 def probe(args, folder, train_set, test_set, run, seed, device, weights):
     """One run: features of all views, then the head. -> dict for the result line"""
     timer = Timer()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save yet
     model = make_model(device, seed, weights)
     timer.lap("reset")
     *inputs, labels = features(model, train_set)
@@ -657,7 +664,8 @@ def main(args):
     for name in ("batch_size", "accum_iter", "epochs"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
     HYP["views"] >= 0 or fail(2, "--views starts at 0")
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    HYP["cls_token"] in (0, 1) or fail(2, "--cls_token is 0 or 1")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
@@ -669,18 +677,21 @@ def main(args):
     per_step > 1 or fail(2, "a step must have two images or more, for the batch norm")
     n_train >= per_step or fail(3, f"{n_train} images do not fill a step of {per_step}")
     HYP["epochs"] = 2 / (n_train // per_step) if args.dry_run else HYP["epochs"]
+    math.isfinite(HYP["epochs"]) and round(HYP["epochs"] * (n_train // per_step)) or fail(
+        2, f"--epochs {HYP['epochs']} is no number of steps")
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
     with autocast(device):
         torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['blr'] * per_step / 256:.3g}")
     images = round(HYP["epochs"] * (n_train // per_step)) * per_step
     views = n_train * (HYP["views"] + 1) + len(test_set.labels)
     flops = views * encoder_flops(backward=False)  # the head has few
     env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
-    key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([SHA256, HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
     runs = []

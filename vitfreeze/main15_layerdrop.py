@@ -464,10 +464,14 @@ def load_folder(root):
     notes = root / "val" / "val_annotations.txt"
     if notes.exists():
         rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
-        test = [(str(root / "val" / "images" / name), train.class_to_idx[wnid]) for name, wnid in rows]
+        test = [(str(root / "val" / "images" / name), wnid) for name, wnid in rows]
     else:
-        test = torchvision.datasets.ImageFolder(root / "val", allow_empty=True).samples
+        val = torchvision.datasets.ImageFolder(root / "val", allow_empty=True)
+        test = [(path, val.classes[number]) for path, number in val.samples]
     train.samples and test or fail(3, f"no images under {root / 'train'} or {root / 'val'}")
+    unknown = {name for _, name in test} - {*train.classes}
+    unknown and fail(3, f"{root / 'val'} has images of {min(unknown)}, {root / 'train'} has none")
+    test = [(path, train.class_to_idx[name]) for path, name in test]
     return Folder(train.samples), Folder(test)
 
 def load_data(folder):
@@ -854,9 +858,9 @@ class LocalMIM(nn.Module):
         return torch.stack([losses.get(stage, none) for stage in range(len(targets))])
 
 def train_flops(level=0, passed=0, dropped=()):
-    """FLOPs to train on an image: the matmuls and convolutions of this script, forward and backward, when the
-    first `level` layers are frozen, tokens come from a store where they have passed some of these, and some
-    blocks are dropped."""
+    """FLOPs to train on an image: matmuls and convolutions, forward and backward, when the first `level`
+    layers are frozen, tokens come from a store where they have passed some of these, and some blocks are
+    dropped."""
     size, kept = SIZES[HYP["size"]], 1 - HYP["mask_ratio"]
     n = (size.image // size.patch) ** 2
     block = lambda tokens, dim: tokens * (24 * dim ** 2 + 4 * tokens * dim)
@@ -1002,16 +1006,18 @@ def read_checkpoint(path):
         return torch.load(path, weights_only=True, map_location="cpu")
     print(f"{SCRIPT.name}: warning: {path} is missing or damaged", file=sys.stderr)
 
-def latest_checkpoint(folder, resume, per_step):
+def latest_checkpoint(folder, resume, per_step, seed):
     """State of the file to resume, or of the newest whole checkpoint of the folder, or None; exit 3 or 2. How
-    the images of a step are shared out may change, their number may not."""
+    the images of a step are shared out may change, but neither their number nor seed nor script."""
     paths = [pathlib.Path(resume)] if resume else sorted(folder.glob("checkpoint-*.pt"), reverse=True)
     state = next(filter(None, map(read_checkpoint, paths)), None)
     state or not resume or fail(3, f"cannot resume from {resume}")
     free = "workers", "save_epochs", "batch_size", "accum_iter"
     differing = [key for key in HYP if state and key not in free and state["hyp"].get(key) != HYP[key]]
     differing += ["batch_size"] if state and state["per_step"] != per_step else []
-    differing and fail(2, f"the checkpoint in {folder} was made with another {', '.join(differing)}")
+    own = dict(seed=seed, script=SCRIPT.name)
+    differing += [key for key in own if state and state[key] != own[key]]
+    differing and fail(2, f"{resume or folder} holds a checkpoint of another {', '.join(differing)}")
     return state
 #############################################
 #                Evaluation                 #
@@ -1164,7 +1170,7 @@ def train(args, folder, train_set, test_set, run, seed, device):
     per_step = HYP["batch_size"] * passes * WORLD
     per_epoch = len(train_set.labels) // per_step
     last_step, model = round(HYP["epochs"] * per_epoch), make_model(device, seed)
-    state, taps = latest_checkpoint(folder, args.resume, per_step), model.size.taps
+    state, taps = latest_checkpoint(folder, args.resume, per_step, seed), model.size.taps
     FREEZES[:] = state["freezes"] if state else []
     level = freeze_level(state["step"] - 1 if state else 0, per_epoch)
     optimizer, net, lives, speeds = make_optimizer(model, level), None, [0] * len(taps), []
@@ -1213,8 +1219,10 @@ def train(args, folder, train_set, test_set, run, seed, device):
             RANK or append_line(folder / "log.jsonl", dict(row, peak_mib=peak_memory(), **measured))
     def save():
         timer.lap("train")
+        mean = sums / WORLD
+        WORLD > 1 and dist.all_reduce(mean)
         RANK or save_checkpoint(folder, dict(
-            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rows=rows, sums=sums,
+            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rows=rows, sums=mean,
             count=count, lives=lives, speeds=speeds, seconds=dict(timer), hyp=HYP, seed=seed,
             per_step=per_step, freezes=FREEZES, past=past, script=SCRIPT.name))
         timer.lap("save")
@@ -1303,13 +1311,14 @@ def train(args, folder, train_set, test_set, run, seed, device):
             set_to_none=HYP["layer_drop"] > 0)
         ticks.append(tick(device))
         lives = [n + (tap >= level and tap not in dropped) for n, tap in zip(lives, taps)]
-        step, count, stopping = step + 1, count + 1, torch.tensor(len(stop))
-        WORLD > 1 and dist.all_reduce(stopping)  # all processes stop after the same step
+        asked = torch.tensor([len(stop), time.perf_counter() - timer.last > 60])
+        WORLD > 1 and dist.all_reduce(asked)  # all processes stop and report after the same step
+        step, count, (stopping, late) = step + 1, count + 1, asked.tolist()
         if step % per_epoch == 0 or step == last_step:
             report(keep=True)
             count, lives, sums = 0, [0] * len(taps), torch.zeros_like(sums)
             weigh()
-        elif time.perf_counter() - timer.last > 60:
+        elif late:
             report(keep=False)
         if stopping or step == last_step or step % max(1, round(HYP["save_epochs"] * per_epoch)) == 0:
             save()
@@ -1337,6 +1346,7 @@ def train(args, folder, train_set, test_set, run, seed, device):
         broken = sorted(train_set.broken | test_set.broken)
         result.update(acc=table["gap centred"][20][0], knn=table, broken=broken)
         print_training_details(COLUMNS, dict(run=run, epoch="k-NN", knn_acc=result["acc"]))
+    stop and fail(143, f"stopped after run {run}; the same command continues")
     return result
 
 def main(args):
@@ -1362,7 +1372,7 @@ def main(args):
     HYP["views"] >= 0 or fail(2, "--views must not be negative")
     0 <= HYP["layer_drop"] < 1 or fail(2, "--layer_drop is a rate, from 0 to below 1")
     0 <= HYP["cooldown"] <= 1 or fail(2, "--cooldown is a share, from 0 to 1")
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     out = pathlib.Path(args.out or SCRIPT.parent / "results" / f"{SCRIPT.stem}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
@@ -1371,12 +1381,14 @@ def main(args):
     n_train, per_step = len(train_set.labels), HYP["batch_size"] * HYP["accum_iter"] * WORLD
     n_train >= per_step or fail(3, f"{n_train} images do not fill a step of {per_step}")
     HYP["epochs"] = 2 / (n_train // per_step) if args.dry_run else HYP["epochs"]
+    math.isfinite(HYP["epochs"]) and round(HYP["epochs"] * (n_train // per_step)) or fail(
+        2, f"--epochs {HYP['epochs']} is no number of steps")
     size, views = SIZES[HYP["size"]], min(HYP["views"], math.ceil(HYP["epochs"]))
     patches = (size.image // size.patch) ** 2
     tokens = (1 + int(patches * (1 - HYP["mask_ratio"]))) * (HYP["latent"] != "both")
     tokens += (1 + patches) * (HYP["latent"] != "off")
     need = n_train * tokens * size.dim * DTYPE[device.type].itemsize * views
-    need *= HYP["plasticity"] > 0 and isinstance(train_set, Memory)
+    need *= HYP["plasticity"] > 0 and not keeps_graph() and isinstance(train_set, Memory)
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else (
         os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     need < free or fail(2, f"--views {HYP['views']} take {need >> 20} MiB, and {free >> 20} are free")
@@ -1385,13 +1397,14 @@ def main(args):
     peak, env = peak_flops(device), environment(device)
     with autocast(device):
         torch.is_autocast_enabled(device.type) or env.update(dtype="float32")
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     print(f"{WORLD} x {HYP['accum_iter']} x {HYP['batch_size']} images a step, peak learning rate "
           f"{HYP['blr'] * per_step / 256:.3g}")
     per_epoch = n_train // per_step
     images = round(HYP["epochs"] * per_epoch) * per_step
     flops = images * train_flops()
     env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads: ~{flops / peak / 15:.0f} min a run")
-    key = hashlib.sha256(json.dumps([HYP, name, n_train]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([SHA256, HYP, name, n_train]).encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
     runs = []

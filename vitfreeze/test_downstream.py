@@ -445,6 +445,11 @@ def test_damaged_checkpoints(pretrained, data, tmp_path, capsys):
     flags = ["--dry-run", "--finetune", path, "--data", data, "--out", tmp_path / "o"]
     text = call(PATHS["finetune"], *flags, code=3)
     assert f"{path} is missing, damaged or no checkpoint of a mainN" in text
+    for module, *wrong in ((TUNE, "--mixup=-1", "--cutmix=0"), (TUNE, "--rand_ops=-1"),
+                           (TUNE, "--epochs=0.01"), (PROBE, "--cls_token=2"), (PROBE, "--epochs=0.01")):
+        with pytest.raises(SystemExit) as left:
+            run(module, "--data", data, "--out", tmp_path / "o", "--batch_size=8", *wrong)
+        assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1, wrong
 
 # ---------------------------------------------------------------------- whole runs
 FLAGS = {"finetune": ["--batch_size=16", "--epochs=2", "--warmup_epochs=0.5", "--lr=2e-3",

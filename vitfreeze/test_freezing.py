@@ -2,10 +2,12 @@
 import collections
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -392,6 +394,14 @@ def test_layers_freeze_by_plasticity(data, tmp_path):
     for ours, theirs in zip(final(tmp_path / "two", 48)["rows"], high["rows"], strict=True):
         assert ours["frozen"] == theirs["frozen"]
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=5e-3)
+
+def test_views_that_no_run_stores_need_no_memory(data, tmp_path):
+    def no_memory(module):
+        module.os = types.SimpleNamespace(**dict(vars(os), sysconf=lambda name: 1))
+    common = ["--data", data, "--dry-run", "--out", tmp_path / "o", "--no-compile"]
+    results = forks(*((path, [*common, *more], no_memory)
+                      for path in MAINS[10:13] for more in ([], ["--keep_graph"])))
+    assert [code for code, _ in results] == [2, 0] * 3 and "MiB" in results[0][1]
 
 # ---------------------------------------------------------------------- whole runs
 EARLY = ["--t_0=0.5", "--epochs=3", "--warmup_epochs=0.5", "--no-compile"]  # the first layer in step 10 of 36

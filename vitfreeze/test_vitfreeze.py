@@ -11,11 +11,13 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import xml.etree.ElementTree
 
@@ -344,6 +346,13 @@ def test_image_folders(tmp_path, tiny):
         crops = next(train_set.crops([(torch.tensor([0, 5, 7]), numbers)], 32))
         again = next(train_set.crops([(torch.tensor([0, 5, 7]), numbers)], 32))
         assert torch.equal(crops, again) and crops.dtype == torch.uint8
+        shutil.copytree(tmp_path / "set" / "train" / "n0", tmp_path / "set" / "train" / "a")
+        _, train_set, test_set = BASE.load_data(tmp_path / "set")  # where a class has no test images
+        assert train_set.labels.bincount().tolist() == [6] * 3 and test_set.labels.tolist().count(0) == 0
+        shutil.rmtree(tmp_path / "set" / "train" / "n1")
+        with pytest.raises(SystemExit) as left:
+            BASE.load_data(tmp_path / "set")
+        assert left.value.code == 3
 
 def test_a_broken_image_is_named_counted_and_skipped(tmp_path):
     path, out = write_folder(tmp_path / "set", broken=True), tmp_path / "o.jsonl"
@@ -481,10 +490,12 @@ def test_a_stopped_run_goes_on_with_the_same_command(data, whole_run, tmp_path):
         assert same_weights(final(tmp_path / name), final(whole_run)), name
         assert final(tmp_path / name)["rows"] == final(whole_run)["rows"], name
     assert f"warning: {newest} is missing or damaged" in texts["damaged"]
-    (code, text), (other, words) = forks((MAINS[0], [*flags(data, tmp_path / "term"), "--resume=none.pt"]),
-                                         (MAINS[0], [*flags(data, tmp_path / "term"), "--blr=0.1"]))
-    assert code == 3 and "cannot resume from none.pt" in text
-    assert other == 2 and "another blr" in words
+    of = lambda file, *more: [*flags(data, tmp_path / "term"), f"--resume={file}", *more]
+    wrong = {"cannot resume from none.pt": (MAINS[0], of("none.pt")), "another blr": (
+        MAINS[0], [*flags(data, tmp_path / "term"), "--blr=0.1"]),
+             "another seed": (MAINS[0], of(newest, "--seed=1")), "another script": (MAINS[1], of(newest))}
+    for sentence, (code, text) in zip(wrong, forks(*wrong.values())):
+        assert code == 2 + ("none.pt" in sentence) and sentence in text, text
 
 def test_full_disk_loses_no_checkpoint(data, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -498,6 +509,22 @@ def test_two_processes_train_as_one(data, whole_run, tmp_path):
     assert run.returncode == 0, run.stderr
     for ours, theirs in zip(final(tmp_path)["rows"], final(whole_run)["rows"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=5e-3)
+
+def test_processes_report_as_one_and_share_a_stopped_epoch(data, tmp_path):
+    """Though one has a clock that runs faster, so that it alone would have a report to make and wait for the
+    other with it; and the loss of an epoch is that of all processes, also where it was interrupted."""
+    def fast(module):
+        clock = lambda: time.perf_counter() * (1 + 1000 * module.RANK)
+        module.time = types.SimpleNamespace(**dict(vars(time), perf_counter=clock))
+    def fast_and_stopped(module):
+        fast(module), after("learning_rate", 29, send(signal.SIGTERM))(module)
+    parts = {name: [*flags(data, tmp_path / name), "--batch_size=4"] for name in ("whole", "stopped")}
+    first, *_ = whole(*pair(MAINS[0], parts["whole"], fast))
+    assert len(re.findall(r"^\|  +0  \|  [\d.]+  \|", first, re.M)) > 3, first
+    assert [code for code, _ in forks(*pair(MAINS[0], parts["stopped"], fast_and_stopped))] == [143, 143]
+    assert "continuing after 15 of 36" in whole(*pair(MAINS[0], parts["stopped"], fast))[0]
+    for ours, theirs in zip(*(final(tmp_path / name)["rows"] for name in parts), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
 
 def test_all_steps_of_the_ladder_train_the_same(data, whole_run, tmp_path):
     """Through their own loops, data and optimizers, from the command line."""
@@ -526,8 +553,10 @@ def test_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     assert code == 1 and re.search(r"the loss is (nan|inf)", text)
 
 def test_wrong_flags(data, tmp_path):
-    wrong = "--batch_size=0", "--mask_ratio=1", "--size=huge", "--epochs=-1", "--runs=0"
-    for code, text in forks(*((MAINS[0], ["--data", data, "--out", tmp_path / "o", flag]) for flag in wrong)):
+    wrong = ("--batch_size=0", "--mask_ratio=1", "--size=huge", "--epochs=-1", "--runs=0", "--epochs=0.01",
+             "--epochs=inf", f"--seed={2 ** 63}")
+    common = ["--data", data, "--out", tmp_path / "o", "--batch_size=8"]
+    for code, text in forks(*((MAINS[0], [*common, flag]) for flag in wrong)):
         assert code == 2 and text.count("\n") == 1, text
 
 # ---------------------------------------------------------------------- tables
