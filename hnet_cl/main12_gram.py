@@ -129,7 +129,7 @@ def make_optimizer(model):
 
 def learning_rate(step, steps_per_epoch):
     """Of a 0-based step of a task."""
-    past = sum(step / steps_per_epoch > epoch for epoch in (80, 120, 160, 180))
+    past = sum(step // steps_per_epoch > epoch for epoch in (80, 120, 160, 180))
     return HYP["lr"] * (1, 0.1, 0.01, 1e-3, 5e-4)[past if HYP["lambda_lr_scheduler"] else 0]
 #############################################
 #                   Data                    #
@@ -264,7 +264,8 @@ Net = collections.namedtuple("Net", "kind channels blocks projections shapes siz
 Implicit = collections.namedtuple("Implicit", "groups shapes places gains")
 
 def numbers_of(text):
-    """'16,16,32,64' -> [16, 16, 32, 64]"""
+    """'16,16,32,64' -> [16, 16, 32, 64]; exit 2 for something else"""
+    re.fullmatch("[0-9,]*", text) or fail(2, f"'{text}' is no list of numbers, as 16,16,32,64 is")
     return [int(part) for part in text.split(",") if part]
 
 def main_net(device="cpu"):
@@ -276,7 +277,8 @@ def main_net(device="cpu"):
     kind = HYP["net_type"]
     kind in kinds or fail(2, f"--net_type is one of {', '.join(kinds)}")
     channels, blocks = kinds[kind]
-    min(channels) > 0 < blocks or fail(2, "channels, blocks and widening factor are above 0")
+    min(*channels, len(channels), blocks) > 0 or fail(
+        2, "channels, blocks and widening factor are above 0")
     projections = [(a, b) for a, b in itertools.pairwise(channels) if kind == "wrn" or a != b and
                    kind == "iresnet" and HYP["iresnet_projection_shortcut"]]
     layers = [channels[0], *(c for c in channels[1:] for _ in range(2 * blocks))]
@@ -385,8 +387,10 @@ def hnet_groups(net, size, chunk, prefix=""):
         archs = archs * len(groups) if len(archs) == 1 else archs
         for number, (outputs, calls) in enumerate(groups, 1):
             about = f"group {number} ({outputs} weights, called {calls} times)"
-            number <= len(embs) or fail(2, f"{about} has no size in --chunk_emb_size, which has {len(embs)}")
-            number <= len(archs) or fail(2, f"{about} has no layers in --hmlp_arch, which has {len(archs)}")
+            number <= len(embs) or fail(
+                2, f"{about} has no size in --{prefix}chunk_emb_size, which has {len(embs)}")
+            number <= len(archs) or fail(
+                2, f"{about} has no layers in --{prefix}hmlp_arch, which has {len(archs)}")
             embs[number - 1] > 0 or calls == 1 or fail(
                 2, f"{about} needs a chunk embedding above 0: all its calls would be the same")
         extra = max(len(embs), len(archs))
@@ -543,8 +547,8 @@ class Model(nn.Module):
         self.register_buffer("offset", offset, persistent=False)
         with torch.no_grad():
             if HYP["hnet_init"] == "normal":
-                for group_weight in [p for p in self.params if p.ndim > 1]:
-                    group_weight.normal_(std=0.02)
+                for weight, bias in itertools.pairwise(self.params):  # after vectors of chunks comes no bias
+                    bias.ndim == 1 and weight.normal_(std=0.02)
             elif HYP["hnet_init"] != "xavier":
                 by_fan_in(net, [*self.params], spread(net))
     def forward(self, task):
@@ -600,8 +604,9 @@ def largest_chunk(net):
 def check_budget(net, sizes):
     """Exit 2 for a hypernetwork that cannot be, or that is larger than what it makes."""
     if sizes["ratio"] > 1 and not HYP["allow_over_budget"]:
-        chunk = largest_chunk(net) if HYP["hnet_type"] == "chunked_hmlp" else 0
-        advice = f"the largest --chmlp_chunk_size that fits is {chunk}" if chunk else "no chunk size fits"
+        chunked = HYP["hnet_type"] == "chunked_hmlp"
+        chunk, advice = chunked and largest_chunk(net), "no chunk size fits" if chunked else "it lacks chunks"
+        advice = f"the largest --chmlp_chunk_size that fits is {chunk}" if chunk else advice
         fail(2, f"the hypernetwork has {sizes['hnet_weights']:,} weights to make {sizes['main_weights']:,}; "
                 f"{advice}; --allow_over_budget lets it be")
 
@@ -896,14 +901,16 @@ def read_checkpoint(path):
         return torch.load(path, weights_only=True, map_location="cpu")
     print(f"{SCRIPT.name}: warning: {path} is missing or damaged", file=sys.stderr)
 
-def latest_checkpoint(folder, resume):
-    """State of the file to resume, or of the newest whole checkpoint of the folder, or None; exit 3 or 2."""
+def latest_checkpoint(folder, resume, own):
+    """State of the file to resume, or of the newest whole checkpoint of the folder, or None; exit 3 or 2, the
+    latter if its settings are others, or what is its own: {key: value}."""
     paths = [pathlib.Path(resume)] if resume else sorted(folder.glob("checkpoint-*.pt"), reverse=True)
     state = next(filter(None, map(read_checkpoint, paths)), None)
     state or not resume or fail(3, f"cannot resume from {resume}")
     free = "save_steps", "val_batch_size"
     differing = [key for key in HYP if state and key not in free and state["hyp"].get(key) != HYP[key]]
-    differing and fail(2, f"the checkpoint in {folder} was made with another {', '.join(differing)}")
+    differing += [key for key in own if state and state.get(key) != own[key]]
+    differing and fail(2, f"{resume or folder} holds a checkpoint of another {', '.join(differing)}")
     return state
 #############################################
 #                Evaluation                 #
@@ -981,9 +988,10 @@ def train(args, folder, net, tasks, run, seed, device):
     """One run, from fresh weights or a checkpoint to the test of all tasks. -> dict for the result line"""
     timer, stop, rows, during, seconds, flops = Timer(), [], [], [], [], {}
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    own = dict(seed=seed, script=SCRIPT.name, data=args.digest)
     torch.manual_seed(seed)
     model, stats = Model(net).to(device), fresh_stats(net).to(device)
-    sums, state = torch.zeros(len(TERMS), device=device), latest_checkpoint(folder, args.resume)
+    sums, state = torch.zeros(len(TERMS), device=device), latest_checkpoint(folder, args.resume, own)
     first_task, first_step, batch_size = 0, 0, HYP["batch_size"]
     if state:
         model.load_state_dict(state["model"])
@@ -1017,7 +1025,7 @@ def train(args, folder, net, tasks, run, seed, device):
                 model=model.state_dict(), optimizer=optimizer.state_dict() if step else {}, stats=stats,
                 task=task, step=step, rows=rows, sums=sums, during=during, previous=previous,
                 seconds=seconds, flops=flops,
-                spent=timer["train"] - start, timer=dict(timer), hyp=HYP, seed=seed, script=SCRIPT.name))
+                spent=timer["train"] - start, timer=dict(timer), hyp=HYP, **own))
             timer.lap("save")
         timer.lap("reset")
         for step, index, numbers in plan(len(labels), seed, task, done, steps, device):
@@ -1066,6 +1074,7 @@ def train(args, folder, net, tasks, run, seed, device):
     for row in (*rows, dict(mean, task="mean", seconds=timer["train"])):
         print_training_details(COLUMNS, dict(row, run=run))
     timer.lap("eval")
+    stop and fail(143, f"stopped after run {run}; the same command continues")
     return dict(acc=mean["test_final"], time_seconds=timer["train"], seed=seed, parts=timer, epochs=rows,
                 mean=mean, forgetting=mean["test_during"] - mean["test_final"], task_seconds=seconds,
                 flops=sum(flops.values()))
@@ -1073,11 +1082,15 @@ def train(args, folder, net, tasks, run, seed, device):
 def main(args):
     """All runs of the script: data, training, and the result as text and as a JSON line."""
     sys.stdout.reconfigure(line_buffering=True)
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     HYP.update({name: value for name, value in vars(args).items() if name in HYP})
     args.dry_run and HYP.update(batch_size=8, epochs=-1.0, n_iter=2, val_set_size=2)
-    for name in ("num_tasks", "batch_size", "n_iter", "lr", "val_batch_size", "save_steps"):
+    for name in ("num_tasks", "batch_size", "n_iter", "lr", "val_batch_size", "save_steps",
+                 "cond_emb_size"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
+    for name in ("hmlp_arch", "imp_hmlp_arch"):
+        0 in numbers_of(HYP[name].replace(";", ",")) and fail(2, f"layers of --{name} must be above 0")
+    math.isfinite(HYP["epochs"]) or fail(2, "--epochs must be finite")
     per_task, last = HYP["num_classes_per_task"], HYP["skip_tasks"] + HYP["num_tasks"]
     per_task in (1, 2, 5, 10) or fail(2, "--num_classes_per_task is 1, 2, 5 or 10")
     min(HYP["skip_tasks"], HYP["train_images"], HYP["val_set_size"]) >= 0 or fail(
@@ -1105,6 +1118,9 @@ def main(args):
     usual = HYP["regularizer"] == "mse" and not HYP["mean_only"] and HYP["hnet_init"] in ("xavier", "normal")
     not net.implicit or usual and not structured or fail(
         2, "noise in a hypernetwork goes with hmlp or chunked_hmlp, mse, xavier or normal; no --mean_only")
+    count = HYP["ssge_sample_size"] if HYP["ssge_sample_size"] > 0 else HYP["train_sample_size"]
+    net.implicit and HYP["heuristic_kernel"] and min(count, HYP["train_sample_size"]) < 3 and fail(
+        2, "--heuristic_kernel needs three samples of the weights or more: of two, the median distance is 0")
     min(HYP[name] for name in ("train_sample_size", "val_sample_size", "prior_variance")) > 0 or fail(
         2, "--train_sample_size, --val_sample_size and --prior_variance must be above 0")
     structured and HYP["use_cond_chunk_embs"] and fail(2, "--use_cond_chunk_embs is for chunked_hmlp")
@@ -1119,19 +1135,21 @@ def main(args):
     timer.lap("import")
     sets, name = load_sets(args.data)
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
-    digest = hashlib.sha256(b"".join(x.numpy().tobytes() for parts in sets.values() for part in parts
-                                     for x in part)).hexdigest()
+    args.digest = hashlib.sha256(b"".join(x.numpy().tobytes() for parts in sets.values() for part in parts
+                                          for x in part)).hexdigest()
     tasks = split(sets, device)
     timer.lap("load")
     peak, env = peak_flops(device), environment(device)
     env["dtype"] = "tf32" if device.type == "cuda" else "float32"
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     HYP["iresnet_use_fc_bias"] and print("--iresnet_use_fc_bias changes nothing: the published counts are "
                                          "those of a last layer without bias")
     print(f"{len(tasks)} tasks, {len(tasks[0]['train'][1])} images in the first")
     print("main network: {main_weights:,} weights; trained: {hnet_weights:,}, ratio {ratio:.4f}, with "
           "batch-norm statistics {ratio_bn:.4f}".format(**sizes))
     env["gpu"] or print(f"No GPU, {env['cpu_threads']} CPU threads; the first row shows how long it takes")
-    key = hashlib.sha256(json.dumps([HYP, digest]).encode()).hexdigest()[:8]
+    own = json.dumps([SHA256, HYP, args.digest, env["gpu"], env["cpu"], args.no_compile])
+    key = hashlib.sha256(own.encode()).hexdigest()[:8]
     place = tempfile.mkdtemp() if args.dry_run else SCRIPT.parent / "runs" / f"{SCRIPT.stem}-{key}"
     print_columns(COLUMNS, f"{SCRIPT.stem} on {name} data")
     runs = []
@@ -1155,7 +1173,7 @@ def main(args):
         timed="augmentation, training", untimed="load, evaluation, checkpoints", **sizes,
         mfu=flops / peak / time_mean, pflops_nominal=per_image * images / 1e15, pflops=flops / 1e15,
         peak_tflops=peak / 1e12, dry_run=args.dry_run, compiled=False, device=device.type, **env,
-        sha256=SHA256, data_sha256=digest, argv=sys.argv[1:], hyp=HYP, runs=runs,
+        sha256=SHA256, data_sha256=args.digest, argv=sys.argv[1:], hyp=HYP, runs=runs,
         utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), out)
     acc_mean >= target or fail(1, f"mean accuracy {acc_mean:.4f} is below {target}")
 #############################################
