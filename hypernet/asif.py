@@ -54,7 +54,7 @@ def flag_parser():
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile in scripts that use it")
     parser.add_argument("--dry-run", action="store_true", help="a step of 8 pairs for each width")
     parser.add_argument("--mmap", action="store_true", help="read pairs from disk step by step, not at once")
-    parser.add_argument("--connectors", metavar="FILE", help="for {encoder: (weight, bias)} (default: runs/)")
+    parser.add_argument("--connectors", metavar="FILE", help="{encoder: (images, texts)} (default: runs/)")
     for name, value, text in re.findall(r"^    (\w+)=(.*?),\s+# (.*)$", CODE, re.M):
         if isinstance(value := HYP[name], (int, float, str)):
             parser.add_argument(f"--{name}", type=type(value), default=value, metavar=name[0].upper(),
@@ -122,19 +122,20 @@ def free_memory():
     return int(found[1]) * 1024 if found else 1 << 60
 
 def read_part(path, digest, mmap):
-    """An array of a folder of pairs; exit 3 where it is missing or damaged, 1 where memory is too small."""
+    """An array of a folder of pairs, and the sha256 of its file, which must be the one given, if one is. Exit
+    3 where it is missing or damaged, 1 where memory is too small."""
     with contextlib.suppress(Exception):  # whatever damage leads to, the sentence below is the answer
         array = np.load(path, mmap_mode="c")
-        if digest:
-            with open(path, "rb") as file:
-                assert hashlib.file_digest(file, "sha256").hexdigest() == digest
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        assert found == digest or not digest
         need, free = array.nbytes, free_memory()
         mmap or need < free or fail(1, f"{path.name} takes {need >> 20} MiB of memory and {free >> 20} are "
                                        "free; --mmap reads it from disk step by step")
         for first in range(0, len(array), 10000):
             bad = ~np.isfinite(array[first:first + 10000])
             bad.any() and fail(3, f"{path}: row {first + int(bad.nonzero()[0][0])} holds NaN or infinity")
-        return array if mmap else np.array(array)
+        return array if mmap else np.array(array), found
     fail(3, f"{path} is missing or damaged; delete its folder and run embed.py again")
 
 def load_pairs(folder, mmap):
@@ -150,11 +151,16 @@ def load_pairs(folder, mmap):
     try:
         meta = json.loads((place / "meta.json").read_text())
         encoders, sets, sums, width = (meta[key] for key in ("encoders", "sets", "sha256", "text_width"))
-        widths = sum(encoder["width"] + 0 * len(encoder["name"]) for encoder in encoders)
+        widths = sum(encoder["width"] + 0 * encoder["held_out"] for encoder in encoders)
         [(*s["rows"], *s["prompts"], s["name"]) for s in sets]
+        sums = {part: sums[part] if sums else None for part in PARTS}
+        if len({encoder["name"] for encoder in encoders}) < len(encoders):
+            raise ValueError("two encoders of one name")
     except (KeyError, TypeError, ValueError) as error:
         fail(3, f"{place / 'meta.json'} is damaged ({type(error).__name__}: {error})")
-    arrays = {part: read_part(place / f"{part}.npy", sums.get(part), mmap) for part in PARTS}
+    arrays = {}
+    for part in PARTS:
+        arrays[part], sums[part] = read_part(place / f"{part}.npy", sums[part], mmap)
     for part, array in arrays.items():
         wanted = widths if "image" in part else width
         found = array.shape[1] if array.ndim == 2 else wanted
@@ -337,7 +343,7 @@ def train(pairs, run, seed, device, names):
     return dict(acc=acc, time_seconds=time_seconds, seed=seed, parts=timer, epochs=rows), connectors
 
 def save_connectors(connectors, path):
-    """{encoder: (weight [width, T], bias [width])} in fp32 for torch.load: all of the file or nothing."""
+    """{encoder: (images [A, width], texts [A, T])} in fp32 for torch.load: all of the file or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +356,7 @@ def save_connectors(connectors, path):
 def main(args):
     """All runs of the script: data, training, and the result as text and as a JSON line."""
     sys.stdout.reconfigure(line_buffering=True)
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     HYP.update({name: value for name, value in vars(args).items() if name in HYP})
     for name in ("batch_size", "steps", "retrieval", "logit_scale"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
@@ -369,6 +375,7 @@ def main(args):
     pairs.name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     peak, env = peak_flops(device), environment(device)
     env["dtype"] = "tf32" if device.type == "cuda" else "float32"
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     executed, nominal = (sum(count_flops(pairs, k).values()) for k in (2, 4))
     n_train = len(pairs.text)
     print(f"{n_train} pairs, {len(pairs.widths)} encoders, {batch_sizes(n_train)[0]} pairs a step")

@@ -142,8 +142,9 @@ def load_sets(folder):
     for name in CIFARS if folder != "synthetic" else ():
         files = "train.pt", CIFARS[name].base_folder, CIFARS[name].filename
         places = [place for place in (root / name, root) if any((place / file).exists() for file in files)]
-        if places and not (places[0] == root and sets and sets[0].name == "cifar10"):
-            sets.append(load_set(name, places[0]))
+        found = load_set(name, places[0]) if places else None
+        if found and (places[0] != root or (len(found.classes) == 100) == (name == "cifar100")):
+            sets.append(found)  # caches in the folder itself do not say of which set they are
     if sets:
         whole = [(len(s.labels), len(s.test_labels)) for s in sets] == [(50000, 10000)] * len(sets)
         return "+".join(s.name for s in sets) if whole else "other", root, sets
@@ -340,7 +341,7 @@ def feature_width(net, device):
         return net(torch.zeros(1, 3, 32, 32, device=device)).shape[1]
 
 def quantize(net, bits):
-    """Round the weights of each filter to 2 ** bits levels, in place."""
+    """Round the weights of each filter to 2 ** bits - 1 levels, in place."""
     for p in net.parameters():
         if bits and p.ndim > 1:
             step = p.data.flatten(1).abs().amax(1).view(-1, *[1] * (p.ndim - 1)) / (2 ** (bits - 1) - 1)
@@ -503,6 +504,8 @@ def sources(args, folder, sets, seed, device):
                    for name, recipe, place, bits in HELD_OUT if recipe.start in ("", *dict(chosen))]
         make = functools.partial(trained_encoder, folder, sets, seed, device)
         found += [(name, out, functools.partial(make, name, *rest)) for name, *rest, out in listed]
+    names = collections.Counter(name for name, *_ in found)
+    max(names.values()) == 1 or fail(2, f"two encoders have the name {names.most_common(1)[0][0]}")
     return found
 
 def trained_encoder(folder, sets, seed, device, name, recipe, width, bits):
@@ -514,14 +517,21 @@ def trained_encoder(folder, sets, seed, device, name, recipe, width, bits):
     torch.manual_seed(own)
     net = make_net(width, recipe)
     steps = math.ceil(HYP["epochs"] * recipe.epochs * len(task_of(recipe, sets)[1]) / HYP["batch_size"])
+    trained = 0
     try:
+        assert zipfile.ZipFile(path).testzip() is None
         state = torch.load(path, "cpu", weights_only=True)
         net.load_state_dict(state["net"])
         loss = state["loss"]
     except Exception:  # there is none, or a damaged one
-        if recipe.start:  # it is made before those that are held out
-            start = torch.load(folder / f"{recipe.start}-{width}-{key}.pt", "cpu", weights_only=True)
-            net.load_state_dict(start["net"])
+        trained = steps * HYP["batch_size"]
+        if recipe.start:  # made before those that are held out, and again where its file is gone or damaged
+            start = f"{recipe.start}-{width}"
+            *_, more = trained_encoder(folder, sets, seed, device, start, RECIPES[recipe.start], width, 0)
+            trained += more
+            torch.manual_seed(own)
+            net = make_net(width, recipe)
+            net.load_state_dict(torch.load(folder / f"{start}-{key}.pt", "cpu", weights_only=True)["net"])
         net.to(device, memory_format=torch.channels_last)
         loss = train_encoder(net, recipe, sets, own, device, steps)
         loss is None or math.isfinite(loss) or fail(1, f"the loss of {name} is {loss}")
@@ -532,7 +542,7 @@ def trained_encoder(folder, sets, seed, device, name, recipe, width, bits):
     def features(images):
         with autocast(device):
             return net(normalize(images.to(device)).contiguous(memory_format=torch.channels_last)).float()
-    return features, loss, steps * HYP["batch_size"]
+    return features, loss, trained
 
 def embed(name, make, pairs, tests):
     """One encoder over the pairs (images, rows, views) and test images. -> dict(train, test: float16 arrays
@@ -543,9 +553,11 @@ def embed(name, make, pairs, tests):
         arrays = []
         for path, n in zip(features, (len(rows), len(tests))):
             try:
-                arrays.append(unit(torch.from_numpy(np.load(path)).float(), path))
-            except (OSError, ValueError, TypeError) as error:
-                fail(3, f"cannot read {path} ({error})")
+                array = torch.from_numpy(np.load(path)).float()
+                assert array.ndim == 2, f"of the shape {[*array.shape]}"
+            except Exception as error:  # whatever the file holds
+                fail(3, f"cannot read {path} as an array of vectors ({error})")
+            arrays.append(unit(array, path))
             len(arrays[-1]) == n or fail(3, f"{path} has {len(arrays[-1])} rows for {n} images")
         arrays[0].shape[1] == arrays[1].shape[1] or fail(3, f"{' and '.join(features)} differ in width")
         return dict(train=arrays[0], test=arrays[1], flops=0)
@@ -588,7 +600,10 @@ def build(args, root, name, sets, run, seed, device):
     timer, rows, flops, results = Timer(), [], 0, []
     images, tests = (torch.cat([getattr(s, key) for s in sets]) for key in ("images", "test_images"))
     chosen, views = plan(len(images), HYP["pairs"])
-    flags = args.features, args.text, args.text_encoder
+    files = [file for text in args.features for file in text.partition("=")[2].split(",")]
+    files = [hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() for file in [*files, args.text]
+             if file and os.path.isfile(file)]
+    flags = args.features, args.text, args.text_encoder, files
     settings = json.dumps([HYP, seed, SHA256, *map(digest, sets), *flags])
     key = hashlib.sha256(settings.encode()).hexdigest()[:8]
     place = pathlib.Path(args.emb or root / "emb")
@@ -625,9 +640,10 @@ def build(args, root, name, sets, run, seed, device):
             result = embed(encoder, make, (images, chosen, views), tests)
             result.update((part, torch.from_numpy(result[part])) for part in ("train", "test"))
             write_whole(path, lambda file: torch.save(result, file))
+            flops += result["flops"]  # of what this process did
         row = {key: result[key] for key in ("train_loss",) if key in result}
         row.update(encoder=encoder, width=result["train"].shape[1], held_out=held_out)
-        flops, first, test_first = flops + result["flops"], 0, 0
+        first, test_first = 0, 0
         for s in sets:
             mine = ((chosen >= first) & (chosen < first + len(s.labels))).nonzero()[0][:20000]
             labels = s.labels[chosen[mine] - first]
@@ -671,7 +687,7 @@ def coarse_names(s, labels):
 def main(args):
     """All runs of the script: data, encoders, and the result as text and as a JSON line."""
     sys.stdout.reconfigure(line_buffering=True)
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     args.device == "cuda" != found and fail(4, "no usable CUDA GPU; --device cpu needs none")
     timer, device = Timer(), torch.device(args.device or found)
@@ -700,8 +716,17 @@ def main(args):
     timer.lap("load")
     name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     peak, env = peak_flops(device), environment(device)
+    with autocast(device):
+        torch.is_autocast_enabled(device.type) and env.update(dtype="bfloat16 autocast")
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     print_columns(columns(sets), f"{SCRIPT.stem} on {name} data")
-    runs = [build(args, root, name, sets, run, args.seed + run, device) for run in range(args.runs)]
+    series = json.dumps([SHA256, HYP, args.seed, *map(digest, sets), args.features, args.emb, env["cpu"]])
+    partial = out.with_name(f"{out.name}.{hashlib.sha256(series.encode()).hexdigest()[:8]}.partial")
+    runs = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
+    runs and print(f"continuing after {len(runs)} of {args.runs} runs")
+    for run in range(len(runs), args.runs):
+        runs.append(build(args, root, name, sets, run, args.seed + run, device))
+        append_line(partial, runs[-1])
     target, executed = args.target or 0, float(np.mean([run.pop("flops") for run in runs]))
     acc_mean, acc_std, acc_ci95, p_value = statistics([run["acc"] for run in runs], target)
     time_mean, time_std, *_ = statistics([run["time_seconds"] for run in runs], 0)
@@ -715,6 +740,7 @@ def main(args):
         mfu=executed / peak / time_mean, dry_run=args.dry_run, compiled=False, device=device.type, **env,
         sha256=SHA256, data_sha256="+".join(map(digest, sets)), argv=sys.argv[1:], hyp=HYP, runs=runs,
         utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), out)
+    partial.unlink(missing_ok=True)
     acc_mean >= target or fail(1, f"mean accuracy {acc_mean:.4f} is below {target}")
 #############################################
 #                Entry point                #

@@ -42,7 +42,7 @@ HYP = dict(  # those of one value are flags, too, with the comments as help
     retrieval=5000,         # test images and captions that retrieval looks through
     code_width=32,          # of the vectors of an encoder and of its width, whose sum is decoded
     hidden=(128, 512),      # sizes of the layers of both heads before the last one
-    bias_std=0.1,           # of predicted biases at the start, times that of mapped texts
+    bias_std=0.1,           # of predicted biases at the start, times 1 / root of the width
     spare=1.5,              # of the rows that a head predicts, per row that the widest encoder takes
 )
 FULL = 595375  # pairs of LLaVA-CC3M-Pretrain-595K, for which the recipes were made
@@ -140,19 +140,20 @@ def free_memory():
     return int(found[1]) * 1024 if found else 1 << 60
 
 def read_part(path, digest, mmap):
-    """An array of a folder of pairs; exit 3 where it is missing or damaged, 1 where memory is too small."""
+    """An array of a folder of pairs, and the sha256 of its file, which must be the one given, if one is. Exit
+    3 where it is missing or damaged, 1 where memory is too small."""
     with contextlib.suppress(Exception):  # whatever damage leads to, the sentence below is the answer
         array = np.load(path, mmap_mode="c")
-        if digest:
-            with open(path, "rb") as file:
-                assert hashlib.file_digest(file, "sha256").hexdigest() == digest
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        assert found == digest or not digest
         need, free = array.nbytes, free_memory()
         mmap or need < free or fail(1, f"{path.name} takes {need >> 20} MiB of memory and {free >> 20} are "
                                        "free; --mmap reads it from disk step by step")
         for first in range(0, len(array), 10000):
             bad = ~np.isfinite(array[first:first + 10000])
             bad.any() and fail(3, f"{path}: row {first + int(bad.nonzero()[0][0])} holds NaN or infinity")
-        return array if mmap else np.array(array)
+        return array if mmap else np.array(array), found
     fail(3, f"{path} is missing or damaged; delete its folder and run embed.py again")
 
 def load_pairs(folder, mmap):
@@ -168,11 +169,16 @@ def load_pairs(folder, mmap):
     try:
         meta = json.loads((place / "meta.json").read_text())
         encoders, sets, sums, width = (meta[key] for key in ("encoders", "sets", "sha256", "text_width"))
-        widths = sum(encoder["width"] + 0 * len(encoder["name"]) for encoder in encoders)
+        widths = sum(encoder["width"] + 0 * encoder["held_out"] for encoder in encoders)
         [(*s["rows"], *s["prompts"], s["name"]) for s in sets]
+        sums = {part: sums[part] if sums else None for part in PARTS}
+        if len({encoder["name"] for encoder in encoders}) < len(encoders):
+            raise ValueError("two encoders of one name")
     except (KeyError, TypeError, ValueError) as error:
         fail(3, f"{place / 'meta.json'} is damaged ({type(error).__name__}: {error})")
-    arrays = {part: read_part(place / f"{part}.npy", sums.get(part), mmap) for part in PARTS}
+    arrays = {}
+    for part in PARTS:
+        arrays[part], sums[part] = read_part(place / f"{part}.npy", sums[part], mmap)
     for part, array in arrays.items():
         wanted = widths if "image" in part else width
         found = array.shape[1] if array.ndim == 2 else wanted
@@ -441,10 +447,11 @@ def save_connectors(connectors, path):
 def main(args):
     """All runs of the script: data, training, and the result as text and as a JSON line."""
     sys.stdout.reconfigure(line_buffering=True)
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     HYP.update({name: value for name, value in vars(args).items() if name in HYP})
     for name in ("batch_size", "steps", "retrieval", "logit_scale"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
+    HYP["spare"] >= 1 or fail(2, "--spare must be 1 or more: the widest encoder takes that many rows")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     args.device == "cuda" != found and fail(4, "no usable CUDA GPU; --device cpu needs none")
     timer, device = Timer(), torch.device(args.device or found)
@@ -460,6 +467,7 @@ def main(args):
     pairs.name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     peak, env = peak_flops(device), environment(device)
     env["dtype"] = "tf32" if device.type == "cuda" else "float32"
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     executed, nominal = (sum(count_flops(pairs, k).values()) for k in (2, 4))
     n_train = len(pairs.text)
     print(f"{n_train} pairs, {len(pairs.widths)} encoders, {batch_sizes(n_train)[0]} pairs a step")

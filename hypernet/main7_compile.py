@@ -44,7 +44,7 @@ HYP = dict(  # those of one value are flags, too, with the comments as help
     retrieval=5000,         # test images and captions that retrieval looks through
     code_width=32,          # of the vectors of an encoder and of its width, whose sum is decoded
     hidden=(128, 32),       # sizes of the layers of both heads before the last one
-    bias_std=0.1,           # of predicted biases at the start, times that of mapped texts
+    bias_std=0.1,           # of predicted biases at the start, times 1 / root of the width
     spare=1.0,              # of the rows that a head predicts, per row that the widest encoder takes
     mixing=256.0,           # factor on the last hidden layer at the start, as AdamW moves 32 columns slowly
 )
@@ -61,7 +61,7 @@ def flag_parser():
     parser.add_argument("--out", metavar="FILE", help="for the JSON line (default: results/ by the script)")
     parser.add_argument("--target", metavar="A", type=float, help="exit 1 if the mean accuracy is below A")
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile in scripts that use it")
-    parser.add_argument("--dry-run", action="store_true", help="a step of 8 pairs for each width")
+    parser.add_argument("--dry-run", action="store_true", help="a step of 8 pairs")
     parser.add_argument("--mmap", action="store_true", help="read pairs from disk step by step, not at once")
     parser.add_argument("--connectors", metavar="FILE", help="for {encoder: (weight, bias)} (default: runs/)")
     for name, value, text in re.findall(r"^    (\w+)=(.*?),\s+# (.*)$", CODE, re.M):
@@ -193,6 +193,7 @@ class Pairs:
     order of the columns; sets: [dict(name, rows (first, end) of the test part, prompts (first, end))]."""
     def __init__(self, name, arrays, encoders, sets, digest):
         self.name, self.sets, self.digest = name, sets, digest
+        self.mapped = isinstance(arrays["train_image"], np.memmap)
         self.text, self.test_text, self.labels, self.prompts = (
             torch.from_numpy(arrays[part]) for part in ("train_text", "test_text", "test_labels", "prompts"))
         widths = [encoder["width"] for encoder in encoders]
@@ -211,13 +212,24 @@ class Pairs:
             by_width[width].append(name)
         return sorted(by_width.items())
     def to(self, device):
-        """Features of the encoders to be connected side by side, family after family, on the device."""
-        names = [name for _, names in self.families() for name in names]
-        self.all = torch.cat([self.images[name] for name in names], 1).to(device)
+        """Features of the encoders to be connected side by side, family after family, on the device; on a CPU
+        those that are mapped from a file stay there."""
+        self.parts = [self.images[name] for _, names in self.families() for name in names]
+        if device.type == "cuda" or not self.mapped:
+            shape, dtype = (len(self.text), sum(part.shape[1] for part in self.parts)), self.parts[0].dtype
+            need, free = math.prod(shape) * dtype.itemsize, free_memory()
+            device.type == "cuda" or need < free or fail(1, f"{need >> 20} MiB of memory are needed and "
+                                                            f"{free >> 20} free; --mmap reads from disk")
+            whole = torch.empty(shape, dtype=dtype, device=device)
+            for first in range(0, len(whole), 1 << 14):
+                part = slice(first, first + (1 << 14))
+                whole[part] = torch.cat([images[part] for images in self.parts], 1)
+            self.parts = [whole]
         self.text = self.text.to(device)
     def batch(self, rows):
         """(text [B, T], images [B, sum of widths]) of rows [B]"""
-        return self.text[rows], self.all[rows]
+        parts = [images[rows] for images in self.parts]
+        return self.text[rows], parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 def draw_pairs(n, seed):
     """Built-in stand-in: ten classes, three widths, each encoder with its noise. -> arrays, encoders"""
@@ -241,19 +253,20 @@ def free_memory():
     return int(found[1]) * 1024 if found else 1 << 60
 
 def read_part(path, digest, mmap):
-    """An array of a folder of pairs; exit 3 where it is missing or damaged, 1 where memory is too small."""
+    """An array of a folder of pairs, and the sha256 of its file, which must be the one given, if one is. Exit
+    3 where it is missing or damaged, 1 where memory is too small."""
     with contextlib.suppress(Exception):  # whatever damage leads to, the sentence below is the answer
         array = np.load(path, mmap_mode="c")
-        if digest:
-            with open(path, "rb") as file:
-                assert hashlib.file_digest(file, "sha256").hexdigest() == digest
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        assert found == digest or not digest
         need, free = array.nbytes, free_memory()
         mmap or need < free or fail(1, f"{path.name} takes {need >> 20} MiB of memory and {free >> 20} are "
                                        "free; --mmap reads it from disk step by step")
         for first in range(0, len(array), 10000):
             bad = ~np.isfinite(array[first:first + 10000])
             bad.any() and fail(3, f"{path}: row {first + int(bad.nonzero()[0][0])} holds NaN or infinity")
-        return array if mmap else np.array(array)
+        return array if mmap else np.array(array), found
     fail(3, f"{path} is missing or damaged; delete its folder and run embed.py again")
 
 def load_pairs(folder, mmap):
@@ -269,11 +282,16 @@ def load_pairs(folder, mmap):
     try:
         meta = json.loads((place / "meta.json").read_text())
         encoders, sets, sums, width = (meta[key] for key in ("encoders", "sets", "sha256", "text_width"))
-        widths = sum(encoder["width"] + 0 * len(encoder["name"]) for encoder in encoders)
+        widths = sum(encoder["width"] + 0 * encoder["held_out"] for encoder in encoders)
         [(*s["rows"], *s["prompts"], s["name"]) for s in sets]
+        sums = {part: sums[part] if sums else None for part in PARTS}
+        if len({encoder["name"] for encoder in encoders}) < len(encoders):
+            raise ValueError("two encoders of one name")
     except (KeyError, TypeError, ValueError) as error:
         fail(3, f"{place / 'meta.json'} is damaged ({type(error).__name__}: {error})")
-    arrays = {part: read_part(place / f"{part}.npy", sums.get(part), mmap) for part in PARTS}
+    arrays = {}
+    for part in PARTS:
+        arrays[part], sums[part] = read_part(place / f"{part}.npy", sums[part], mmap)
     for part, array in arrays.items():
         wanted = widths if "image" in part else width
         found = array.shape[1] if array.ndim == 2 else wanted
@@ -382,8 +400,10 @@ def count_flops(pairs, k):
     macs = decoder_macs(max(pairs.widths.values()), text_width)
     for job in jobs(pairs):
         for size, (width, names) in itertools.product(sizes, job):
+            again = k == 2 and pairs.text.is_cuda and size >= HYP["fused_batch"]  # as the kernels have it
+            matmuls = 3 + -(-width // 256) if again else k
             for name in names:
-                flops[name] += step_flops(1, size, width, text_width, k, macs)
+                flops[name] += step_flops(1, size, width, text_width, matmuls, macs)
     return flops
 #############################################
 #                  Logging                  #
@@ -518,7 +538,8 @@ def warm_up(pairs, device, losses_of):
     for job in jobs(pairs):
         for size in set(batch_sizes(len(pairs.text))):
             model, rows = Connectors(job, pairs.text.shape[1]).to(device), torch.arange(size, device=device)
-            losses_of(model, *pairs.batch(rows)).mean().backward()
+            for _ in range(3 if device.type == "cuda" else 1):  # a graph is recorded in the second call
+                losses_of(model, *pairs.batch(rows)).mean().backward()
 
 def train(pairs, run, seed, device, names, losses_of):
     """One run, from fresh weights to the evaluation. -> dict for the result line, connectors"""
@@ -558,10 +579,11 @@ def save_connectors(connectors, path):
 def main(args):
     """All runs of the script: data, training, and the result as text and as a JSON line."""
     sys.stdout.reconfigure(line_buffering=True)
-    args.runs > 0 <= args.seed or fail(2, "--runs starts at 1 and --seed at 0")
+    args.runs > 0 <= args.seed < 2 ** 63 or fail(2, "--runs starts at 1 and --seed at 0, to end by 2^63")
     HYP.update({name: value for name, value in vars(args).items() if name in HYP})
     for name in ("batch_size", "steps", "retrieval", "logit_scale"):
         HYP[name] > 0 or fail(2, f"--{name} must be above 0")
+    HYP["spare"] >= 1 or fail(2, "--spare must be 1 or more: the widest encoder takes that many rows")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     args.device == "cuda" != found and fail(4, "no usable CUDA GPU; --device cpu needs none")
     timer, device = Timer(), torch.device(args.device or found)
@@ -570,14 +592,13 @@ def main(args):
     tempfile.TemporaryFile(dir=out.parent).close()  # better to learn of a wrong --out now
     timer.lap("import")
     pairs = load_pairs(args.data, args.mmap)
-    turn = max(map(len, jobs(pairs)))  # steps until each width has had one
-    args.dry_run and HYP.update(batch_size=8, shrink=0, steps=turn)
-    turn <= HYP["steps"] or fail(2, f"--steps must be at least {turn}, one for each width")
+    args.dry_run and HYP.update(batch_size=8, shrink=0, steps=1)
     pairs.to(device)
     timer.lap("load")
     pairs.name != "synthetic" or args.target is None or fail(1, "--target says nothing about synthetic data")
     peak, env = peak_flops(device), environment(device)
     env["dtype"] = "tf32" if device.type == "cuda" else "float32"
+    env["gpu"] and torch.cuda.reset_peak_memory_stats()
     executed, nominal = (sum(count_flops(pairs, k).values()) for k in (2, 4))
     n_train = len(pairs.text)
     print(f"{n_train} pairs, {len(pairs.widths)} encoders, {batch_sizes(n_train)[0]} pairs a step")

@@ -1,5 +1,6 @@
 """Checks of the ideas of this ladder, each against a slow or independent form of it, and its tables."""
-import collections, contextlib, hashlib, itertools, json, math, pathlib, signal, subprocess, sys, time
+import collections, contextlib, hashlib, itertools, json, math, pathlib, shutil, signal, subprocess, sys
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -351,13 +352,43 @@ def test_bad_pairs(tmp_path, capsys, monkeypatch):
         SEPARATE.load_pairs(folder, False)
     assert end.value.code == 1 and "--mmap" in capsys.readouterr().err
     assert torch.equal(SEPARATE.load_pairs(folder, True).text, torch.from_numpy(arrays["train_text"]))
+    meta, digests = json.loads((folder / "meta.json").read_text()), []
+    for sums in ({}, "", None):  # with none, the files say what they are
+        (folder / "meta.json").write_text(json.dumps(dict(meta, sha256=sums)))
+        np.save(path, -np.load(path))
+        digests.append(SEPARATE.load_pairs(folder, True).digest)
+    assert digests[0] == digests[2] != digests[1]
+    for bad in (dict(encoders=[{k: e[k] for k in ("name", "width")} for e in known]), dict(
+            encoders=[dict(e, name="one") for e in known]), dict(sha256={"prompts": "0"})):
+        (folder / "meta.json").write_text(json.dumps(dict(meta, **bad)))
+        with pytest.raises(SystemExit) as end:
+            SEPARATE.load_pairs(folder, True)
+        assert end.value.code == 3 and "meta.json is damaged" in capsys.readouterr().err
     (folder / "meta.json").write_text("{}")
     call(MAINS[0], "--data", folder, "--out", tmp_path / "o", code=3)
     assert "embed.py" in call(MAINS[0], "--data", tmp_path, "--out", tmp_path / "o", code=3)
 
+def test_pairs_may_stay_on_disk(tmp_path, capsys, monkeypatch):
+    """Batches are the same; without --mmap there must be room for those of the encoders side by side."""
+    folder = write_pairs(tmp_path / "emb")
+    loaded, mapped = (FAST.load_pairs(folder, mmap) for mmap in (False, True))
+    loaded.to(CPU), mapped.to(CPU)
+    rows = torch.tensor([7, 0, 199, 7])
+    for ours, theirs in zip(mapped.batch(rows), loaded.batch(rows), strict=True):
+        assert torch.equal(ours, theirs)
+    wanted = torch.cat([loaded.images[name] for _, names in loaded.families() for name in names], 1)
+    assert torch.equal(loaded.batch(rows)[1], wanted[rows]) and loaded.parts[0].shape == wanted.shape
+    assert mapped.parts[0].data_ptr() in [part.data_ptr() for part in mapped.images.values()]
+    monkeypatch.setattr(FAST, "free_memory", lambda: 100)
+    mapped.to(CPU)
+    with pytest.raises(SystemExit) as end:
+        loaded.to(CPU)
+    assert end.value.code == 1 and "--mmap" in capsys.readouterr().err
+
 def test_wrong_flags(tmp_path, capsys):
     flags = [(SEPARATE, flag) for flag in ("--steps=0", "--batch_size=-1", "--runs=0", "--encoders=nobody")]
-    flags += [(BATCHED, "--steps=2")]
+    flags += [(BATCHED, "--steps=2"), (HYPER, "--spare=0.5"), (SEARCH, "--spare=0.5"),
+              (SEPARATE, f"--seed={2 ** 63}"), (EMBED, "--widths=96,96,192")]
     flags += [(EMBED, flag) for flag in ("--count=4", "--widths=96", "--widths=30,60,90", "--pairs=-1",
                                          "--features=x", "--zoo=NoNet_Weights.V1")]
     for module, flag in flags:
@@ -436,6 +467,43 @@ def test_interrupted_embedding_continues(images, embedded, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes(), part
     assert "is there already" in embed(images, tmp_path, code=2)
 
+def test_damaged_encoders_are_trained_anew(images, embedded, tmp_path):
+    """That of a held-out relative, too, with the one that it starts from; FLOPs are those of work that was
+    done; a series goes on after its finished runs."""
+    (tmp_path / "encoders").mkdir()
+    for path in embedded.parent.glob("encoders/*.pt"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        if not path.name.startswith("all-32"):
+            (tmp_path / "encoders" / path.name).write_bytes(content)
+    embed(images, tmp_path)
+    for part in SEPARATE.PARTS:
+        ours, theirs = (folder / f"{part}.npy" for folder in (tmp_path / "emb", embedded))
+        assert ours.read_bytes() == theirs.read_bytes(), part
+    shutil.rmtree(tmp_path / "emb")
+    embed(images, tmp_path)
+    anew, known = (json.loads(line)["pflops"] for line in (tmp_path / "o").read_text().splitlines())
+    assert known < 0.9 * anew
+
+def test_series_of_embeddings_continues(images, tmp_path):
+    (tmp_path / "emb-seed1").mkdir()  # in the way of the second run
+    assert "is there already" in embed(images, tmp_path, "--runs=2", code=2)
+    (tmp_path / "emb-seed1").rmdir()
+    assert "continuing after 1 of 2 runs" in embed(images, tmp_path, "--runs=2")
+    line, = map(json.loads, (tmp_path / "o").read_text().splitlines())
+    assert line["n"] == 2 and not list(tmp_path.glob("*.partial"))
+
+def test_caches_in_the_folder_itself(tmp_path):
+    """Ten classes are those of CIFAR-10, a hundred those of CIFAR-100."""
+    for classes in (10, 100):
+        write_cifar(tmp_path, train=200, test=200)
+        for part in ("train", "test"):
+            cache = torch.load(tmp_path / f"{part}.pt", weights_only=True)
+            cache.update(labels=torch.arange(200) % classes, classes=[str(c) for c in range(classes)])
+            torch.save(cache, tmp_path / f"{part}.pt")
+        _, _, sets = EMBED.load_sets(tmp_path)
+        assert [s.name for s in sets] == ["cifar100" if classes == 100 else "cifar10"]
+
 def test_features_and_text_of_others(images, tmp_path):
     embed(images, tmp_path, "--export")
     folder = next(tmp_path.glob("emb.*.partial"))
@@ -454,9 +522,21 @@ def test_features_and_text_of_others(images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     assert "349 rows" in embed(images, other, "--text", tmp_path / "text.npy", code=3)
+    for number, bad in enumerate((flat[0], flat[:, :, None, None], b"")):
+        place = tmp_path / f"bad{number}.npy"
+        place.write_bytes(bad) if isinstance(bad, bytes) else np.save(place, bad)
+        assert "as an array of vectors" in embed(images, other, f"--features=x={place},{place}", code=3)
+    assert "have the name mine" in embed(images, other, names, names, code=2)
+    partials = lambda: {*other.glob("emb.*.partial")}
+    before = partials()
     flat[5] = np.nan
     np.save(tmp_path / "train.npy", flat[:300])
     assert "row 5" in embed(images, other, names, code=3)
+    between = partials()
+    flat[5] = 1
+    np.save(tmp_path / "train.npy", 2 * flat[:301])
+    assert "301 rows" in embed(images, other, names, code=3)
+    assert len(partials()) - 1 == len(between) == len(before) + 1  # other contents, another embedding
     assert "sentence-transformers" in embed(images, other, "--text-encoder=none", code=2)
 
 def test_encoders_of_the_zoo(images, tmp_path, monkeypatch):
