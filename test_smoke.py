@@ -40,7 +40,7 @@ LINES = {  # of a script, 500 elsewhere
     "vitfreeze": 1470, "hnet_cl": 1310, "hypernet": 770}  # checkpoints, folders, splits, four networks, pairs
 AFTER = {"main21_update.py": "main18_tail.py"}  # the step that one goes on from, where that is not the last
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
-          "statistics", "append_line", "finish"]  # the same in every script of every ladder
+          "statistics", "append_line", "finish"]  # the same in every script that has it
 
 # ---------------------------------------------------------------------- scripts as text
 def scripts(ladder):

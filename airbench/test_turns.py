@@ -6,6 +6,7 @@ starts each script with that many runs and the flags behind the names. They meas
 matmul one after the other, compile all at once, and then take turns of one run each while the others wait; a
 script that is through leaves the round and adds its line to results/.
 """
+import ast
 import contextlib
 import importlib.util
 import json
@@ -45,7 +46,9 @@ def take_part(asks, path, *flags):
         run == "-" or ask(b"1")  # all warm up at once
         return train(trained, train_set, test_set, run, seed)
     module.peak_flops, module.train = peak_in_turn, train_in_turn
-    module.main(module.argument_parser().parse_args(flags))
+    module.ARGS = module.argument_parser().parse_args(flags)
+    entry = ast.Module(ast.parse(module.CODE).body[-1].body, [])  # with what the script says of errors
+    exec(compile(entry, path, "exec"), vars(module))
 
 def in_turns(names, flags, out=sys.stdout):
     """Run scripts 'PATH:RUNS' in turns. -> [exit code], in the order of their ends; out gets whose turn
@@ -67,7 +70,8 @@ def in_turns(names, flags, out=sys.stdout):
             if kind := os.read(asks, 1):
                 waiting[each] = kind
                 continue
-            codes.append(part.wait())
+            code = part.wait()
+            codes.append(code if code >= 0 else 128 - code)  # a signal, as a shell has it
             parts.remove(each)
             log.seek(0)
             print(log.read(), file=out, flush=True)
@@ -97,11 +101,21 @@ def test_scripts_take_turns(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
     assert [(line["script"], line["n"]) for line in lines] == [("main16_silu.py", 2), ("main9_muon.py", 3)]
 
+def test_what_ends_a_part_ends_the_turns(tmp_path):
+    """A killed script is no success, and an error of the system is the line that the script has for it."""
+    (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)")
+    main9 = [HERE / "main9_muon.py", "--data=synthetic", "--device=cpu", "--dry-run", "--out=/proc/none/o"]
+    for command, code, lines in ([tmp_path / "killed.py"], 137, 0), (main9, 2, 1):
+        run = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True)
+        assert run.returncode == code and run.stderr.count("\n") == lines, run
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
         take_part(*sys.argv[2:])
         sys.exit()
     first = next((i for i, word in enumerate(sys.argv) if i and word[0] == "-"), len(sys.argv))
     first > 1 or leave("name scripts to run, as airbench/main8_compile.py:40")
-    with contextlib.suppress(KeyboardInterrupt):  # of which each script says what it keeps
+    try:
         sys.exit(max(in_turns(sys.argv[1:first], sys.argv[first:])))
+    except KeyboardInterrupt:  # of which each script says what it keeps
+        sys.exit(130)

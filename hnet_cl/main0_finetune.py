@@ -2,7 +2,7 @@
 
 Adds: the baseline: one network trained on each task in turn, or (--train_from_scratch) one network per task
 Changes: everything
-Result: 62.66 ± 6.53 % (n=3), 0.3 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 63.87 ± 2.72 % (n=3), 0.2 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: baselines of arXiv 1906.00695 and 2103.01133 (posterior replay); written afresh.
 Run: python hnet_cl/main0_finetune.py

@@ -3,7 +3,7 @@
 Adds: distributions without a formula: noise through a hypernetwork that a hypernetwork makes; SSGE
 Changes: HYP Net Implicit main_net hnet_groups hnet_params implicit made_size Model budget largest_chunk
     regularizer draw_noise sample kernel eigenvalues_kept score prior_term objective TERMS main
-Result: 74.00 ± 2.31 % (n=3), 1.3 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 74.00 ± 2.31 % (n=3) (†), 1.3 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: arXiv 2103.01133 (posterior replay), 1806.02925 (spectral Stein gradient estimator); written afresh.
 Run: python hnet_cl/main10_ssge.py

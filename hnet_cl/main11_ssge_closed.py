@@ -2,7 +2,7 @@
 
 Adds: the score by one solve and products of samples, nothing of the size M x M x D
 Changes: HYP kernel squared_distances score prior_term
-Result: 73.02 ± 4.64 % (n=3), 1.4 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 73.02 ± 4.64 % (n=3) (†), 1.4 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: the spectral Stein gradient estimator (arXiv 1806.02925) with all eigenvalues; written afresh.
 Run: python hnet_cl/main11_ssge_closed.py

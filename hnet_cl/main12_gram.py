@@ -2,7 +2,7 @@
 
 Adds: the penalty from products of small matrices; no weight of an earlier task is made
 Changes: Model take_reference Kept by_products special_chunks special_weights penalty_by_products objective
-Result: 73.60 ± 3.33 % (n=3), 2.1 ± 1.4 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 73.60 ± 3.33 % (n=3) (†), 2.1 ± 1.4 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: the penalty of arXiv 1906.00695 as a quadratic form in hidden features; written afresh.
 Run: python hnet_cl/main12_gram.py

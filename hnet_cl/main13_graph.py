@@ -3,7 +3,7 @@
 Adds: the whole step, from the gather of a batch to the update, is one CUDA graph; on a CPU the same code runs
 Changes: make_optimizer image_scale prepare special_weights penalty_by_products objective draw_tasks Step
     train main
-Result: 74.63 ± 3.21 % (n=3), 1.5 ± 0.2 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 74.63 ± 3.21 % (n=3) (†), 1.5 ± 0.2 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: whole-step graphs as in the records of 2025 and 2026 (Hiverge, Fulcrum), all MIT; written afresh.
 Run: python hnet_cl/main13_graph.py

@@ -3,7 +3,7 @@
 Adds: all --runs train side by side: a step is one of all seeds, whose parameters have one dimension more
 Changes: batch_norm penalty_by_products eigenvalues_kept score backward_flops seeded Lent for_all_seeds
     one_seed references Step train main
-Result: 71.35 ± 2.83 % (n=3), 1.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 71.35 ± 2.83 % (n=3) (†), 1.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: model ensembling with torch.func, which makes groups of a convolution's seeds; written afresh.
 Run: python hnet_cl/main14_seeds.py --runs 3

@@ -4,7 +4,7 @@ Adds: Bayes by backprop: a Gaussian for each weight, samples one by one, KL to t
 Changes: HYP hnet_groups made_size gains spread by_fan_in Model budget largest_chunk regularizer decode
     divergence distance draw_noise sample prior_term objective TERMS predict accuracy infer_tasks
     final_tests train main
-Result: 75.51 ± 2.61 % (n=3), 1.8 ± 0.4 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 75.51 ± 2.61 % (n=3) (†), 1.8 ± 0.4 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: posterior replay (arXiv 2103.01133), Bayes by backprop (arXiv 1505.05424); written afresh.
 Run: python hnet_cl/main8_bbb.py

@@ -2,7 +2,7 @@
 
 Adds: all samples of the weights in one pass, side by side in the channels
 Changes: unpack conv batch_norm pad_channels linear forward objective forward_flops predict
-Result: 76.88 ± 1.47 % (n=3), 1.3 ± 0.6 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 76.88 ± 1.47 % (n=3) (†), 1.3 ± 0.6 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: grouped convolutions in place of the loop of arXiv 2103.01133; written afresh.
 Run: python hnet_cl/main9_samples.py

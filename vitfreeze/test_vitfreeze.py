@@ -741,19 +741,16 @@ def frontier():
     return found
 
 def frontier_rows():
-    """A row per setting: FLOPs and k-NN, and how far above main4, between its lengths, at as many FLOPs."""
-    rows = [["Script", "Epochs", "Flags", "TFLOPs", "20-NN % patch mean, centred", "runs",
-             "above main4 of as many TFLOPs", "Machine"]]
-    means = {key: [sum(values) / len(runs) for values in zip(
-        *((line["pflops"], 100 * run["acc"]) for line, run in runs))] for key, runs in frontier().items()}
-    control = sorted(mean for (path, _, flags), mean in means.items() if path == MAINS[4] and not flags)
-    costs, levels = zip(*control) if control else ((math.inf,), (math.nan,))
-    for (path, epochs, flags), runs in frontier().items():
-        scores, (cost, _), above = [100 * run["acc"] for _, run in runs], means[path, epochs, flags], ""
-        if (flags or path != MAINS[4]) and costs[0] <= cost <= 1.001 * costs[-1]:
-            above = spread([score - np.interp(cost, costs, levels) for score in scores])[2]
-        rows.append([named(path, [line for line, _ in runs]), f"{epochs:g}", flags, f"{1000 * cost:.1f}",
-                     spread(scores)[2], str(len(scores)), above, machine(runs[-1][0])])
+    """A row per setting: FLOPs and k-NN, and how far, seed by seed, above main4 at as many FLOPs."""
+    rows, found = [["Script", "Epochs", "Flags", "TFLOPs", "20-NN % patch mean, centred", "runs",
+                    "above main4 of as many TFLOPs (pairs)", "Machine"]], frontier()
+    for (path, epochs, flags), runs in found.items():
+        cost = 1000 * sum(line["pflops"] for line, _ in runs) / len(runs)
+        control = control_scores(cost, found) if flags or path != MAINS[4] else {}
+        points = [100 * run["acc"] - control[run["seed"]] for _, run in runs if run["seed"] in control]
+        rows.append([named(path, [line for line, _ in runs]), f"{epochs:g}", flags, f"{cost:.1f}",
+                     spread([100 * run["acc"] for _, run in runs])[2], str(len(runs)),
+                     f"{spread(points)[2]} ({len(points)})" if points else "", machine(runs[-1][0])])
     return rows
 
 def frontier_svg():
@@ -1101,7 +1098,7 @@ def test_control_is_drawn_between_the_lengths_of_main4(monkeypatch):
     monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
     assert [row[1:7] for row in frontier_rows()[1:]] == [
         ["4", "", "20.0", "41.0 ± 1.4", "2", ""], ["8", "", "40.0", "50.0", "1", ""],
-        ["1", "--how_scale linear", "30.0", "43.0", "1", "-2.5"], ["1", "", "50.0", "60.0", "1", ""]]
+        ["1", "--how_scale linear", "30.0", "43.0", "1", "-2.0 (1)"], ["1", "", "50.0", "60.0", "1", ""]]
 
 def test_every_question_of_the_notes_has_commands_that_exist():
     tags = re.findall(r"[OQTN]\d+", " ".join(question for question, _ in QUESTIONS))
