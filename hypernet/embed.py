@@ -529,8 +529,6 @@ def trained_encoder(folder, sets, seed, device, name, recipe, width, bits):
             start = f"{recipe.start}-{width}"
             *_, more = trained_encoder(folder, sets, seed, device, start, RECIPES[recipe.start], width, 0)
             trained += more
-            torch.manual_seed(own)
-            net = make_net(width, recipe)
             net.load_state_dict(torch.load(folder / f"{start}-{key}.pt", "cpu", weights_only=True)["net"])
         net.to(device, memory_format=torch.channels_last)
         loss = train_encoder(net, recipe, sets, own, device, steps)
