@@ -2,7 +2,7 @@
 
 Adds: weights are made in chunks, by one small network called with a vector for each chunk
 Changes: HYP Group hnet_groups hnet_params generate Model largest_chunk check_budget main
-Result: 62.81 ± 1.18 % (n=3) (†), 0.5 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 59.25 ± 1.74 % (n=3), 0.2 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: chunked hypernetworks (arXiv 1906.00695); written afresh.
 Run: python hnet_cl/main2_chunked.py

@@ -2,7 +2,7 @@
 
 Adds: the weights of earlier tasks are held on to, by a penalty on their change
 Changes: HYP take_reference regularizer objective TERMS train
-Result: 74.93 ± 1.01 % (n=3) (†), 0.7 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 72.19 ± 2.97 % (n=3), 0.2 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: hypernetworks for continual learning (arXiv 1906.00695), without look-ahead; written afresh.
 Run: python hnet_cl/main3_reg.py

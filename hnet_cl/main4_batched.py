@@ -2,7 +2,7 @@
 
 Adds: one matmul for the chunks of all tasks, the penalty on weights in a row; --hnet_reg_batch_size
 Changes: HYP generate Model take_reference head_masks regularizer objective draw_tasks train
-Result: 71.81 ± 4.12 % (n=3) (†), 0.7 ± 0.4 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 75.00 ± 1.70 % (n=3), 0.2 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: targets and subsets of tasks as in arXiv 2103.01133 (posterior replay); written afresh.
 Run: python hnet_cl/main4_batched.py

@@ -2,7 +2,7 @@
 
 Adds: weights made for gains of batch norm are added to 1; starts by fan-in (--hnet_init)
 Changes: HYP gains spread by_fan_in Model main
-Result: 72.73 ± 2.02 % (n=3) (†), 0.4 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 74.55 ± 1.57 % (n=3), 0.2 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: hyperfan initialization (arXiv 2312.08399), its chunked form as in arXiv 2103.01133; written afresh.
 Run: python hnet_cl/main5_gain.py

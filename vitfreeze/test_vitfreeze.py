@@ -855,7 +855,7 @@ QUESTIONS = [  # what is asked, and pairs of settings: yes means that the first 
     ("Are features better targets than HOG, and better inputs, too, than images? (T13)",
      [(rung(11, flags), rung(11, "--latent off")) for flags in ("", "--latent both")]),
     ("Do frozen features that are stored and used again, of one view of each image, help? (T13)",
-     [(rung(10, "--t_0 0.5 --views 1", 2.0), rung(9, "--t_0 0.5", 2.0))]),  # again in the second epoch
+     [(rung(10, "--t_0 0.5 --views 1", 3.0), rung(9, "--t_0 0.5", 3.0))]),  # stored in the second epoch
     ("Does freezing by plasticity beat freezing by a schedule?",
      [(rung(12, epochs=3.0), rung(11, epochs=3.0))]),  # the first plasticity is that of two epochs
     ("Does a class token that trains to the end help, or a lower rate for lower layers in fine-tuning? (N1)",
