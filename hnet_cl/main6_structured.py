@@ -2,7 +2,7 @@
 
 Adds: a network for each kind of layer, which makes one layer or part of it at a time
 Changes: HYP hnet_groups structure Model main
-Result: 62.35 ± 1.59 % (n=3) (†), 0.7 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 60.95 ± 2.44 % (n=3), 0.2 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: structured hypernetworks of the code of arXiv 2103.01133; written afresh.
 Run: python hnet_cl/main6_structured.py

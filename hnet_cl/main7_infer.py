@@ -2,7 +2,7 @@
 
 Adds: the task of a test image is inferred, from what the networks of all tasks say about it
 Changes: HYP COLUMNS infer_tasks final_tests main
-Result: 72.73 ± 2.02 % (n=3) (†), 0.6 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 74.55 ± 1.57 % (n=3), 0.1 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: task inference as in arXiv 2103.01133 (posterior replay); written afresh.
 Run: python hnet_cl/main7_infer.py

@@ -1037,8 +1037,10 @@ def probes_rows():
             points = [[accs[seed] - values[seed] for seed in sorted(accs.keys() & values.keys())]
                       for values in (random if random is not accs else {}, control)]
             values, usual = json.loads(settings_), json.loads(next(iter(groups))[0])
-            own = "".join(f" `--{key} {written(value)}`" for key, value in values.items() if key not in (
-                "epochs", "warmup_epochs", "batch_size", "blr") and usual[key] != value)
+            told = ["epochs", "warmup_epochs", "batch_size"]  # by columns, blr where it goes with the batch
+            told += ["blr"] * (values["batch_size"] != usual["batch_size"])
+            own = "".join(f" `--{key} {written(value)}`" for key, value in values.items()
+                          if key not in told and usual[key] != value)
             rows.append([named(path, [line for line, _ in group]) + own, f"{values['epochs']:g}",
                          str(values["batch_size"] * values["accum_iter"]), name,
                          mean_std([*accs.values()], 2, 100), str(len(accs)),
@@ -1066,14 +1068,15 @@ def test_probes_are_compared_with_the_control(monkeypatch):
     """main5 costs as much as a run of main4 halfway between its two lengths would; others have no control."""
     def line(name, script, accs, epochs=LENGTH, **own):
         source = script and dict(script=script, epochs=epochs, seed=0, sha256="")
-        values = dict(hyp(HERE / f"{name}.py"), pretrained=source, **RUNS, **own)
+        values = dict(hyp(HERE / f"{name}.py"), pretrained=source, **dict(RUNS, **own))
         return result_line(HERE / f"{name}.py", values, accs, 5.0, name)
     monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: [
         frontier_line(4, [0.3], 10.0, 0.5), frontier_line(4, [0.3], 20.0), frontier_line(5, [0.3], 15.0),
         frontier_line(6, [0.3], 25.0), line("linprobe", None, [0.1, 0.2, 0.3]),
         line("linprobe", MAINS[4].name, [0.40, 0.50], 0.5), line("linprobe", MAINS[4].name, [0.50, 0.70]),
         line("linprobe", MAINS[5].name, [0.46, 0.58, 0.9]), line("linprobe", MAINS[6].name, [0.9]),
-        line("linprobe", MAINS[5].name, [0.9], weight_decay=0.5)])
+        line("linprobe", MAINS[5].name, [0.9], weight_decay=0.5), line("linprobe", None, [0.8], blr=2.0),
+        line("linprobe", None, [0.8], blr=2.0, batch_size=9)])
     assert [row[3:8] for row in probes_rows()[1:]] == [
         ["micro, random weights", "20.00 ± 10.00", "3", "", ""],
         ["micro, `main4_compile.py`, 0.5 epochs", "45.00 ± 7.07", "2", "30.00 ± 0.00 (2)", ""],
@@ -1081,7 +1084,9 @@ def test_probes_are_compared_with_the_control(monkeypatch):
         ["micro, `main5_freezeout.py`, 1 epochs", "64.67 ± 22.74", "3", "44.67 ± 13.32 (3)",
          "-0.50 ± 2.12 (2)"],
         ["micro, `main6_globallr.py`, 1 epochs", "90.00", "1", "80.00 (1)", ""],
-        ["micro, `main5_freezeout.py`, 1 epochs", "90.00", "1", "", ""]]
+        ["micro, `main5_freezeout.py`, 1 epochs", "90.00", "1", "", ""],
+        *[["micro, random weights", "80.00", "1", "", ""]] * 2]
+    assert [row[0][18:] for row in probes_rows()[-3:]] == ["`--weight_decay 0.5`", "`--blr 2`", ""]
 
 def test_lines_of_the_present_text_take_the_place_of_others(monkeypatch):
     lines = [dict(frontier_line(6, [acc], 10.0, epochs), sha256=text, utc=utc) for acc, epochs, text, utc in (
