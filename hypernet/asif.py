@@ -1,8 +1,8 @@
 """asif.py -- connectors from a frozen text encoder into the spaces of frozen image encoders.
 
 Adds: no training: images and texts are compared by their cosines with those of known pairs
-Changes: HYP make_optimizer schedule batches Connectors connect info_nce step_flops relative
-    count_flops evaluate fit
+Changes: HYP flag_parser make_optimizer schedule batches Connectors connect info_nce step_flops relative
+    count_flops evaluate fit save_connectors
 Result: not measured
 Vs previous: not measured
 Source: ASIF (arXiv 2210.01738); written afresh.
