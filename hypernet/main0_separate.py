@@ -2,7 +2,7 @@
 
 Adds: the baseline: one linear connector after the other, each trained alone with large batches
 Changes: everything
-Result: 22.93 % (n=1) (†), 35.7 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 22.70 ± 0.25 % (n=3), 13.0 ± 0.7 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: APE (arXiv 2210.03927) as in HYMA (arXiv 2507.10015), loss of CLIP (arXiv 2103.00020); written afresh.
 Run: python hypernet/main0_separate.py

@@ -2,7 +2,7 @@
 
 Adds: all connectors in one run with the batches of the hypernetwork, encoders of a width together
 Changes: HYP jobs Connectors
-Result: 29.47 ± 0.09 % (n=3) (†), 0.6 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 29.46 ± 0.07 % (n=3), 0.4 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: the loop of HYMA (arXiv 2507.10015) with free weights in place of predicted ones; written afresh.
 Run: python hypernet/main1_batched.py

@@ -2,7 +2,7 @@
 
 Adds: the weights of all connectors are predicted by one hypernetwork from a vector for each encoder
 Changes: HYP Connectors step_flops decoder_macs count_flops main
-Result: 29.56 ± 0.27 % (n=3) (†), 7.4 ± 0.3 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 29.48 ± 0.34 % (n=3), 4.2 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: HYMA (arXiv 2507.10015), two heads as in its second version; written afresh.
 Run: python hypernet/main2_hypernet.py

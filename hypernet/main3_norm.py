@@ -2,7 +2,7 @@
 
 Adds: predicted weights are divided by the root of their number, in place of unit length
 Changes: Connectors
-Result: 28.26 % (n=1) (†), 9.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 28.34 ± 0.86 % (n=3), 4.3 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: the norm option of HYMA (arXiv 2507.10015), on in all its published runs; written afresh.
 Run: python hypernet/main3_norm.py

@@ -2,7 +2,7 @@
 
 Adds: heads start so that predicted weights have the variance of a fresh linear layer, and biases are small
 Changes: HYP Connectors
-Result: 26.17 % (n=1) (†), 10.6 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 26.17 ± 0.30 % (n=3), 4.3 ± 0.1 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: hyperfan-in (Chang et al., ICLR 2020); written afresh.
 Run: python hypernet/main5_init.py

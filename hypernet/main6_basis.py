@@ -2,7 +2,7 @@
 
 Adds: the last hidden layer has 32 values, so a connector is a mixture of 32; all widths train in every step
 Changes: HYP Connectors count_flops fit flag_parser main
-Result: 27.92 ± 1.09 % (n=3) (†), 1.4 ± 0.2 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 27.91 ± 1.27 % (n=3), 0.5 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: HYMA (arXiv 2507.10015), whose heads are linear in their last hidden layer; written afresh.
 Run: python hypernet/main6_basis.py

@@ -3,7 +3,7 @@
 Adds: compiled steps, all features in one array on the device, and a loss without a matrix of logits
 Changes: HYP _nce_stats_kernel _nce_grad_kernel nce_stats nce_stats_shape nce_grad nce_grad_shape FusedInfoNCE
     make_optimizer Pairs info_nce all_losses count_flops fit warm_up train main
-Result: 27.93 ± 1.08 % (n=3) (†), 0.9 ± 0.3 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 27.91 ± 1.29 % (n=3), 0.3 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: fused contrastive losses as in Inf-CL (arXiv 2410.17243); written afresh.
 Run: python hypernet/main7_compile.py

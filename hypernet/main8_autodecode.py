@@ -2,7 +2,7 @@
 
 Adds: a connector for an encoder that training has not seen, by a search for its vector alone
 Changes: HYP Connectors fit scratch search_flops auto_decode held_out_row train main
-Result: 26.80 % (n=1) (†), 1.4 min, AMD EPYC, 1 threads, float32, torch 2.11.0
+Result: 27.91 ± 1.29 % (n=3), 0.3 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: auto-decoding (DeepSDF, arXiv 1901.05103) as in HYMA (arXiv 2507.10015); written afresh.
 Run: python hypernet/main8_autodecode.py

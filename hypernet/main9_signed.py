@@ -2,7 +2,7 @@
 
 Adds: no activation before the last layer: a connector is a mixture of 32 with weights of either sign
 Changes: Connectors
-Result: not measured
+Result: 28.83 ± 0.29 % (n=3), 0.3 ± 0.0 min, AMD EPYC, 1 threads, float32, torch 2.11.0
 Vs previous: not measured
 Source: the usual form of a linear basis; written afresh.
 Run: python hypernet/main9_signed.py

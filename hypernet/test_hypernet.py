@@ -710,21 +710,23 @@ def ranking_rows():
     return rows
 
 def held_out_rows():
-    """A row per encoder that training has not seen: means over runs."""
+    """A row per encoder that training has not seen and script that searches for it: means over runs."""
     found = collections.defaultdict(list)
-    for _, run in lines_of(MAINS[8]).get("", ()):
-        for row in run["held_out"]:
-            found[row["encoder"]].append(row)
+    for path in MAINS[8:]:
+        for line, run in lines_of(path).get("", ()):
+            for row in run["held_out"]:
+                found[row["encoder"], named(path, [(line, run)])].append(row)
     rates = [key for row in next(iter(found.values()), [{}])[:1] for key in row if key.startswith("lr ")]
-    rows = [["Encoder", "Mean vector, no search %", *(f"{rate} %" for rate in rates), "Taken by its loss %",
-             "Nearest relative's connector %", "From scratch, as many pairs %", "as many FLOPs %", "GFLOPs",
-             "Runs"]]
-    for name, group in found.items():
+    rows = [["Encoder", "Script", "Mean vector, no search %", *(f"{rate} %" for rate in rates),
+             "Taken by its loss %", "Nearest relative's connector %", "From scratch, as many pairs %",
+             "as many FLOPs %", "GFLOPs", "Runs"]]
+    order = [name for name, _ in found]
+    for (name, script), group in sorted(found.items(), key=lambda item: order.index(item[0][0])):
         relatives = ", ".join(sorted({row["relative"] for row in group}))
         keys = ("start", *rates, "found", "borrowed", "same_pairs", "same_flops")
         cells = [mean_std([row[key] for row in group], 1, 100) for key in keys]
         cells[-3] += f" ({relatives})"
-        rows.append([name, *cells, f"{group[0]['GFLOPs']:.1f}", str(len(group))])
+        rows.append([name, script, *cells, f"{group[0]['GFLOPs']:.1f}", str(len(group))])
     return rows
 
 def speed_rows():
