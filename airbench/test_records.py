@@ -343,6 +343,61 @@ def test_rest_of_the_step_compiled_gives_the_same_weights(monkeypatch):
     assert all(torch.allclose(p, q, atol=1e-3 if BF16 else 1e-5) for p, q in zip(weights, values))
     assert len({rate[0] for rate in rates}) == 3 and rates[4][3] == pytest.approx(0.05 * rates[0][3])
 
+def test_hard_images_are_shown_again(monkeypatch):
+    """Of 50 images, 48 in any order, then as asked for those of the highest losses, each mirrored in turn."""
+    module = main(29)
+    monkeypatch.setitem(module.HYP, "batch_size", 16)
+    loader = module.CifarLoader(images(50))
+    loader.reset(torch.arange(50))
+    losses, flips, first = torch.rand(50), {}, []
+    for epoch, n in enumerate((3, 2, 1, 3, 2)):
+        expected = loader.losses.argsort(descending=True)[:16 * n].tolist()
+        loader.shuffle(n)
+        assert not loader.batch.item()
+        seen = []
+        for i in range(n):
+            _, labels = loader.next(24)
+            seen += labels.tolist()
+            for own, flip in loader.draws[[0, 3], i].T.tolist():
+                assert flips.get(own, 1 - flip) != flip  # not as the last time
+                flips[own] = flip
+            loader.note(losses[labels])
+        assert len(set(seen)) == 16 * n and seen != sorted(seen)
+        assert not epoch or set(seen) == set(expected)
+        first.append(seen)
+        assert torch.equal(loader.losses[seen], losses[seen])
+        losses = losses + torch.randn(50) * (epoch != 2)
+    assert first[1] != [number for number in first[0] if number in set(first[1])]
+    loader.reset(torch.arange(50))
+    assert loader.losses.isinf().all()
+
+def test_losses_go_to_their_images_and_epochs_shrink(monkeypatch):
+    module = main(29)
+    assert module.batches(32) == [32] * 3 + [22] * 7 and main(30).batches(32) == [32] * 3 + [21] * 7
+    labels = torch.randint(10, (40,))
+    model = model_of(module)
+    monkeypatch.setitem(module.HYP, "batch_size", 8)
+    step = module.Step(model, dict(images=images(40), labels=labels))
+    step.loader.reset(labels)
+    step.loader.shuffle(5)
+    step.optimizer.reset([2] + [4] * 3)
+    model.train()
+    moves = step.loader.draws[:, 0].contiguous()
+    inputs, same = module.augment(images(40), moves, step.loader.scale, 24), model_of(module).train()
+    with module.autocast(inputs.device):
+        logits = same(inputs, False).float()
+    step(False, 24)
+    slow = -0.91 * logits.softmax(1)[range(8), labels[moves[0]]].log() - 0.09 * logits.log_softmax(1).mean(1)
+    torch.testing.assert_close(step.loader.losses[moves[0]], slow, rtol=1e-4, atol=0)
+    assert step.loader.losses.isinf().sum() == 32
+    for key, value in dict(batch_size=1536, epochs=4.5).items():
+        monkeypatch.setitem(module.HYP, key, value)
+    assert module.batches(32) == [32] * 3 + [22, 11]
+    pflops = module.count_pflops(model, 50000, 0)[1]
+    frozen, half = (module.count_flops(model, True, False, size) for size in (24, 28))
+    first = module.count_flops(model, True, True, 24)
+    assert pflops == pytest.approx(1536 * (32 * first + 64 * frozen + 33 * half) / 1e15)
+
 def test_times_are_compared_within_one_go():
     """Of two lines of a script, that which ended nearest to the other script's counts; ten runs at least."""
     def line(seconds, utc, n=10):

@@ -594,8 +594,8 @@ def kernels():
     one in that of the scripts, and add lines to kernels.jsonl."""
     from triton.testing import do_bench
     torch.manual_seed(0)
-    gpu, out = torch.device("cuda"), HERE / "results" / "kernels.jsonl"
-    half = torch.float16
+    gpu, out, half = torch.device("cuda"), HERE / "results" / "kernels.jsonl", torch.float16
+    sys.modules[FAST.__name__] = FAST  # torch.compile looks there
     for rows, width, dtype in ((431, 384, torch.float32), (5551, 384, torch.float32), (5551, 768, half),
                                (431, 768, torch.bfloat16), (16384, 384, half), (16384, 1024, half)):
         images, mapped = F.normalize(torch.randn(2, 1, rows, width, device=gpu), dim=3)
