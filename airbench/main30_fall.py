@@ -4,7 +4,7 @@ Adds: the learning rates fall until the last step, which leaves room for fewer o
 Changes: HYP
 Result: 94.07 ± 0.15 % (n=50), 0.672 ± 0.003 s, NVIDIA H200 at 700.00 W, torch 2.11.0
 Vs previous: -0.021 [-0.023, -0.020] s [95 % interval]
-Source: a regression over 387 runs with settings drawn at random.
+Source: a regression on runs with settings drawn at random.
 Run: python airbench/main30_fall.py --runs 200
 """
 CODE = open(__file__, encoding="utf-8").read()

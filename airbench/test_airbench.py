@@ -1,16 +1,6 @@
 """Checks of the ideas of this ladder up to main8, each against a slow or independent form, and its tables.
 As a script it times training steps on this CPU for results/steps.jsonl."""
-import collections
-import contextlib
-import functools
-import io
-import json
-import math
-import os
-import pathlib
-import re
-import sys
-import time
+import collections, contextlib, functools, io, json, math, os, pathlib, re, sys, time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -43,20 +33,25 @@ def model_of(module, seed=0):
     module.reset(model, images(500))
     return model
 
+def steps_of(module):
+    """Steps of each epoch of a run on CIFAR-10."""
+    per_epoch, epochs = 50000 // module.HYP["batch_size"], module.HYP["epochs"]
+    if hasattr(module, "batches"):
+        return module.batches(per_epoch)
+    return [math.ceil(per_epoch * min(epochs - epoch, 1)) for epoch in range(math.ceil(epochs))]
+
 EPOCHS = [35.0, 21.0, 18.0, 13.5, 13.5, 12.0, 10.8, 9.9, 9.9, 8.0, 8.0] + [10.0] * 6 + [8.875] * 12 + [10.0] * 2
 STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200] + [250] * 6 + [284] * 12 + [250, 243]
 NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29,
-           0.36] + [0.35] * 5 + [0.31, 0.31, 0.31, 0.26] + [0.31] * 8
+           0.36] + [0.35] * 5 + [0.31, 0.31, 0.31, 0.26] + [0.31] * 8 + [0.28, 0.27]
 EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6,
-            290.6, 266.6] + [258.3] * 5 + [231.0, 231.0, 231.0, 188.6] + [231.0] * 8
+            290.6, 266.6] + [258.3] * 5 + [231.0, 231.0, 231.0, 188.6] + [231.0] * 8 + [203.1, 196.6]
 
 @pytest.mark.parametrize("number", MAINS)
 def test_published_budget(number):
     module = main(number)
     assert module.HYP["epochs"] == EPOCHS[number]
-    per_epoch = 50000 // module.HYP["batch_size"]
-    steps = sum(module.batches(per_epoch)) if number > 28 else math.ceil(module.HYP["epochs"] * per_epoch)
-    assert steps == STEPS[number]
+    assert sum(steps_of(module)) == STEPS[number]
     model = module.make_model(CPU)
     nominal, executed = module.count_pflops(model, 50000, 10000)
     assert (round(nominal, 2), round(executed * 1000, 1)) == (NOMINAL[number], EXECUTED[number])
@@ -323,14 +318,13 @@ def record_rows():
     return rows
 
 def phases(module):
-    """{(whether the stem trains, pixels of a side or None): share of the epochs of a run}"""
-    shares = {}
-    for epoch in range(math.ceil(module.HYP["epochs"])):
+    """{(whether the stem trains, pixels of a side or None): share of the steps of a run}"""
+    shares, steps = {}, steps_of(module)
+    for epoch, n in enumerate(steps):
         live, size = epoch < module.HYP["whiten_bias_epochs"], None
         if "sizes" in module.HYP:
             live, size = module.flags(epoch)
-        part = min(1, module.HYP["epochs"] - epoch) / module.HYP["epochs"]
-        shares[live, size] = shares.get((live, size), 0) + part
+        shares[live, size] = shares.get((live, size), 0) + n / sum(steps)
     return shares
 
 def measure_steps(out, batch_size=250, batches=1, rounds=2):
@@ -373,8 +367,7 @@ def step_rows():
     found = step_lines("seconds_per_image")
     for number in (8, max((number for number in found if found[number]), default=LAST)):
         lines, base, module = found[number], found[8], main(number)
-        steps = math.ceil(module.HYP["epochs"] * (50000 // module.HYP["batch_size"]))
-        count = steps * module.HYP["batch_size"]
+        count = sum(steps_of(module)) * module.HYP["batch_size"]
         if not lines:
             rows.append([f"`{MAINS[number].name}`", "not measured", str(count), *["not measured"] * 3])
             continue
