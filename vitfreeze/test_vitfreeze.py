@@ -1027,6 +1027,8 @@ def probes_rows():
         def settings_of(line):
             return json.dumps({key: value for key, value in line["hyp"].items() if key != "pretrained"})
         groups = groups_of(path, lambda line: (settings_of(line), origin(line)))
+        groups = {key: [*{run["seed"]: (line, run) for line, run in group}.values()]  # the last of each seed
+                  for key, group in groups.items()}
         scores = {key: {run["seed"]: run["acc"] for _, run in group} for key, group in groups.items()}
         for (settings_, name), group in groups.items():
             accs = scores[settings_, name]
@@ -1087,6 +1089,19 @@ def test_probes_are_compared_with_the_control(monkeypatch):
         ["micro, `main5_freezeout.py`, 1 epochs", "90.00", "1", "", ""],
         *[["micro, random weights", "80.00", "1", "", ""]] * 2]
     assert [row[0][18:] for row in probes_rows()[-3:]] == ["`--weight_decay 0.5`", "`--blr 2`", ""]
+
+def test_the_last_probe_of_a_seed_counts(monkeypatch):
+    """An encoder trained again has another checkpoint, but is the same one to the reader of the table."""
+    path = HERE / "linprobe.py"
+    def line(accs, text, utc):
+        source = dict(script=MAINS[4].name, epochs=1.0, seed=0, sha256=text)
+        values = dict(hyp(path), size="micro", pretrained=source)
+        return dict(result_line(path, values, accs, 5.0, "linprobe"), sha256=text, utc=utc)
+    lines = [line([0.3, 0.4], text_of(path), "1"), line([0.1, 0.2], "older", "0")]
+    monkeypatch.setitem(lines_of.__globals__, "read_results", lambda ladder: lines)
+    assert [row[:1] + row[4:6] for row in probes_rows()[1:]] == [["`linprobe.py`", "35.00 ± 7.07", "2"]]
+    lines[1]["runs"].append(dict(lines[1]["runs"][0], seed=2, acc=0.5))
+    assert [row[:1] + row[5:6] for row in probes_rows()[1:]] == [["`linprobe.py` (†)", "3"]]
 
 def test_lines_of_the_present_text_take_the_place_of_others(monkeypatch):
     lines = [dict(frontier_line(6, [acc], 10.0, epochs), sha256=text, utc=utc) for acc, epochs, text, utc in (
