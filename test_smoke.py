@@ -25,16 +25,16 @@ BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, 
     "airbench/main10_graph.py": 140, "airbench/main14_augment.py": 70, "airbench/main15_fuse.py": 100,
     "airbench/main26_first.py": 145, "airbench/main28_norms.py": 85, "vitfreeze/main1_hog.py": 150,
     "vitfreeze/main2_tokens.py": 150, "vitfreeze/main3_norms.py": 150, "vitfreeze/main4_compile.py": 140,
-    "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 155,
-    "vitfreeze/main11_latent.py": 150, "vitfreeze/main12_autofreeze.py": 100,
-    "vitfreeze/main15_layerdrop.py": 100, "hypernet/main7_compile.py": 270,
-    "hypernet/main8_autodecode.py": 150, "hnet_cl/main2_chunked.py": 80, "hnet_cl/main4_batched.py": 90,
-    "hnet_cl/main6_structured.py": 110, "hnet_cl/main8_bbb.py": 190, "hnet_cl/main9_samples.py": 70,
-    "hnet_cl/main10_ssge.py": 175, "hnet_cl/main12_gram.py": 80, "hnet_cl/main13_graph.py": 105,
-    "hnet_cl/main14_seeds.py": 175}
+    "vitfreeze/main5_freezeout.py": 260, "vitfreeze/main10_cache.py": 155, "vitfreeze/main11_latent.py": 150,
+    "vitfreeze/main12_autofreeze.py": 100, "vitfreeze/main15_layerdrop.py": 100,
+    "hypernet/main7_compile.py": 270, "hypernet/main8_autodecode.py": 150, "hnet_cl/main2_chunked.py": 80,
+    "hnet_cl/main4_batched.py": 90, "hnet_cl/main6_structured.py": 110, "hnet_cl/main8_bbb.py": 190,
+    "hnet_cl/main9_samples.py": 70, "hnet_cl/main10_ssge.py": 175, "hnet_cl/main12_gram.py": 80,
+    "hnet_cl/main13_graph.py": 105, "hnet_cl/main14_seeds.py": 175}
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph, and then one Triton kernel after the other
     **{f"airbench/main{i}.py": 960 for i in "26_first 27_sums 28_norms 29_hard 30_fall".split()},
+    **{f"airbench/main{i}.py": 960 for i in "31_small 32_few 33_patches".split()},
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1470, "hnet_cl": 1310, "hypernet": 780}  # checkpoints, folders, splits, four networks, pairs

@@ -142,7 +142,7 @@ def test_sizes_grow_and_cost_what_their_maps_cost():
         slow = model.head(torch.stack([each.flatten(1).amax(1) for each in maps])) / 256
         assert torch.allclose(model(inputs[:, :, :size, :size]), slow, atol=1e-5)
 
-@pytest.mark.parametrize("size", [24, 28, 32])
+@pytest.mark.parametrize("size", [20, 24, 28, 32])
 def test_resized_batches_equal_slow_ones(size, monkeypatch):
     module, pixels = main(11), images(8)
     monkeypatch.setitem(module.HYP, "batch_size", 8)
@@ -193,7 +193,8 @@ def test_crops_from_uint8_equal_those_from_padded_images():
         assert torch.allclose(fast, slow, atol=1e-5)
         assert fast.is_contiguous(memory_format=torch.channels_last)
 
-@pytest.mark.parametrize("size, number", [(24, 14), (28, 14), (32, 14), (23, 14), (24, 19), (32, 19)])
+@pytest.mark.parametrize("size, number", [(20, 14), (24, 14), (28, 14), (32, 14), (23, 14), (24, 19),
+                                          (32, 19)])
 def test_crop_kernel_equals_its_plain_form(size, number, monkeypatch):
     """In Triton's interpreter, which test_smoke turns on."""
     module, pixels, moves, tones = main(number), images(9), moves_of(9, 7), torch.rand(2, 7)
@@ -402,6 +403,10 @@ def test_losses_go_to_their_images_and_epochs_shrink(monkeypatch):
     frozen, half = (module.count_flops(model, True, False, size) for size in (24, 28))
     first = module.count_flops(model, True, True, 24)
     assert pflops == pytest.approx(1536 * (32 * first + 64 * frozen + 33 * half) / 1e15)
+
+def test_patches_are_those_of_unfold():
+    filters = [main(number).whitening_filters(images(50)) for number in (32, 33)]
+    assert filters[0].shape == (24, 3, 2, 2) and torch.equal(*filters)
 
 def test_times_are_compared_within_one_go():
     """Of two lines of a script, that which ended nearest to the other script's counts; ten runs at least."""
