@@ -356,8 +356,9 @@ def measure_steps(out, batch_size=250, batches=1, rounds=2):
             round_ < 0 or module.append_line(out, line)
 
 def step_lines(kind):
-    """{number of the script: its lines of results/steps.jsonl with that kind of figure}"""
+    """{number of the script: its lines of results/steps.jsonl with that figure, of the last machine}"""
     lines = [line for line in read_results("airbench") if line["file"] == "steps.jsonl" and kind in line]
+    lines = [line for line in lines if machine(line) == machine(lines[-1])]
     return {number: [line for line in lines if line["script"] == path.name] for number, path in MAINS.items()}
 
 def step_rows():
