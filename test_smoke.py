@@ -34,7 +34,7 @@ BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, 
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph, and then one Triton kernel after the other
     **{f"airbench/main{i}.py": 960 for i in "26_first 27_sums 28_norms 29_hard 30_fall".split()},
-    **{f"airbench/main{i}.py": 960 for i in "31_small 32_few 33_patches".split()},
+    **{f"airbench/main{i}.py": 960 for i in "31_small 32_steps 33_patches".split()},
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1470, "hnet_cl": 1310, "hypernet": 780}  # checkpoints, folders, splits, four networks, pairs
