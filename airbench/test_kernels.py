@@ -177,7 +177,8 @@ def test_stem_kernel_equals_its_plain_form(size, monkeypatch):
     F.gelu(x).sum().backward()
     assert torch.allclose(bias.grad, x.grad.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize("side, n", [(31, 3), (27, 3), (23, 3), (19, 3), (8, 130)])  # that in two programs
+@pytest.mark.parametrize("side, n", [(31, 3), (27, 3), (23, 3), (19, 3),
+                                     (8, 130)])  # in two programs
 def test_convolution_with_pooling_equals_its_plain_form(side, n, monkeypatch):
     """In the interpreter, on small whole numbers, whose products all forms add up without rounding, so that
     they agree on what is largest."""

@@ -3,8 +3,9 @@ import contextlib
 import subprocess
 import sys
 
+import test_airbench
 from test_airbench import BF16, MAINS, images, main, model_of
-from test_smoke import ENV, welch
+from test_smoke import ENV, read_results, welch
 
 import pytest
 import torch
@@ -403,6 +404,12 @@ def test_losses_go_to_their_images_and_epochs_shrink(monkeypatch):
     frozen, half = (module.count_flops(model, True, False, size) for size in (24, 28))
     first = module.count_flops(model, True, True, 24)
     assert pflops == pytest.approx(1536 * (32 * first + 64 * frozen + 33 * half) / 1e15)
+
+def test_steps_are_of_the_machine_measured_last(monkeypatch):
+    line = next(line for line in read_results("airbench") if "seconds_per_image" in line)
+    lines = [dict(line, cpu=cpu, round=i) for i, cpu in enumerate(("one", "other", "one", "other"))]
+    monkeypatch.setattr(test_airbench, "read_results", lambda _: lines)
+    assert test_airbench.step_lines("seconds_per_image")[8] == lines[1::2]
 
 def test_patches_are_those_of_unfold():
     filters = [main(number).whitening_filters(images(50)) for number in (32, 33)]
