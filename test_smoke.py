@@ -33,8 +33,7 @@ BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, 
     "hnet_cl/main13_graph.py": 105, "hnet_cl/main14_seeds.py": 175}
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph, and then one Triton kernel after the other
-    **{f"airbench/main{i}.py": 960 for i in "26_first 27_sums 28_norms 29_hard 30_fall".split()},
-    **{f"airbench/main{i}.py": 960 for i in "31_small 32_steps 33_patches".split()},
+    **{f"airbench/{path.name}": 985 for path in (ROOT / "airbench").glob("main[23]?_*.py")},  # 20 on: below
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1470, "hnet_cl": 1310, "hypernet": 780}  # checkpoints, folders, splits, four networks, pairs
@@ -162,9 +161,10 @@ def read_results(ladder):
             for path in paths for line in path.read_text().splitlines()]
 
 def usable(line, path):
-    """Whether a line is a published result of that script: real data, not shortened, compiled as meant."""
+    """Whether a line is a published result of that script: real data, not shortened, compiled as meant,
+    without notes."""
     return (line["script"] == path.name and line.get("data") in DATA_SETS and not line["dry_run"]
-            and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"])
+            and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"] and "notes" not in line)
 
 def machine(line):
     """What must be the same for two times to compare."""

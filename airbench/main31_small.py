@@ -2,8 +2,8 @@
 
 Adds: images start at 20 pixels in place of 24
 Changes: HYP
-Result: 94.15 % (n=1), 11.6 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
-Vs previous: not measured
+Result: 93.89 ± 0.11 % (n=20), 0.627 ± 0.004 s, NVIDIA H200 at 700.00 W, torch 2.11.0
+Vs previous: -0.045 [-0.047, -0.043] s [95 % interval]
 Source: own idea, after the resizing of main11_resize.py
 Run: python airbench/main31_small.py --runs 200
 """

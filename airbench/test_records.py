@@ -195,7 +195,7 @@ def test_crops_from_uint8_equal_those_from_padded_images():
         assert fast.is_contiguous(memory_format=torch.channels_last)
 
 @pytest.mark.parametrize("size, number", [(20, 14), (24, 14), (28, 14), (32, 14), (23, 14), (24, 19),
-                                          (32, 19)])
+                                          (32, 19), (20, 35)])
 def test_crop_kernel_equals_its_plain_form(size, number, monkeypatch):
     """In Triton's interpreter, which test_smoke turns on."""
     module, pixels, moves, tones = main(number), images(9), moves_of(9, 7), torch.rand(2, 7)
@@ -414,6 +414,82 @@ def test_steps_are_of_the_machine_measured_last(monkeypatch):
 def test_patches_are_those_of_unfold():
     filters = [main(number).whitening_filters(images(50)) for number in (32, 33)]
     assert filters[0].shape == (24, 3, 2, 2) and torch.equal(*filters)
+
+def test_filters_are_updated_while_the_gradient_goes_on(monkeypatch):
+    """Those of the third and the second group before the first has gradients; to the weights of main33."""
+    found, taken, part = [], [], dict(images=images(40), labels=torch.arange(40) % 10)
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    for number in (33, 34):
+        module, model = main(number), model_of(main(number))
+        monkeypatch.setitem(module.HYP, "batch_size", 8)
+        monkeypatch.setattr(module, "autocast", lambda device: contextlib.nullcontext())
+        step, first = module.Step(model, part), model.groups[0].conv2.weight
+        def update(filters, grads, *rest, optimizer=step.optimizer, first=first):
+            taken.append(([list(p.shape[:2]) for p in filters], first.grad is not None))
+            type(optimizer).update(filters, grads, *rest)
+        step.optimizer.update = update
+        torch.manual_seed(1)
+        step.loader.reset(part["labels"])
+        step.loader.shuffle(5)
+        step.optimizer.reset([2] + [9] * 3)
+        model.train()
+        for index in range(4):
+            step(index < 2, 20 if index < 3 else 24)
+            assert all(p.grad is None for p in model.parameters())
+        found.append([*model.parameters(), *model.buffers()])
+    groups = [([[256, 256]] * 2, False), ([[256, 64], [256, 256]], False), ([[64, 24], [64, 64]], True)]
+    live = [*groups[:2], (groups[2][0], True)]
+    assert taken[4:] == live * 2 + groups * 2 and [len(shapes) for shapes, _ in taken[:4]] == [6] * 4
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(*found, strict=True))
+
+def test_order_of_memory_gives_the_same_updates():
+    found = []
+    for number in (35, 36):
+        torch.manual_seed(0)
+        filters = [layer.weight.data for layer in model_of(main(number)).modules()
+                   if isinstance(layer, main(number).Conv)]
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+        before = [p.clone() for p in filters]
+        grads, buffers = ([torch.randn_like(p) for p in filters] for _ in range(2))
+        main(number).update_filters(filters, grads, buffers, 0.2, 0.6)
+        found.append((filters, buffers))
+    for old, p, q in zip(before, found[0][0], found[1][0]):
+        assert (p - q).norm() <= (0.01 if BF16 else 1e-4) * (p - old).norm()
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+def test_next_epoch_is_drawn_before_an_epoch_is_waited_for(monkeypatch):
+    """With the batches, losses and accuracy of main36."""
+    found, part = [], main(0).draw_synthetic(80, 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    for number in (36, 37):
+        module, done = main(number), []
+        monkeypatch.setitem(module.HYP, "batch_size", 8)
+        monkeypatch.setitem(module.HYP, "epochs", 4.5)
+        step, shuffle, lap = module.Step(model_of(module), part), module.CifarLoader.shuffle, module.Timer.lap
+        note = lambda what, call: lambda self, *rest: (done.append((what, *rest)), call(self, *rest))[1]
+        monkeypatch.setattr(module.CifarLoader, "shuffle", note("drawn", shuffle))
+        monkeypatch.setattr(module.Timer, "lap", note("lap", lap))
+        with contextlib.redirect_stdout(None):
+            result = module.train(step, part, part, run=0, seed=7)
+        found.append((result["acc"], result["epochs"]))
+        sizes = [10, 10, 10, 6, 3]
+        assert [each[1] for each in done if each[0] == "drawn"] == sizes
+        waits = [i for i, each in enumerate(done) if each == ("lap", "train")]
+        drawn = [sum(each[0] == "drawn" for each in done[:i]) for i in waits]
+        assert drawn == ([1, 2, 3, 4, 5] if number == 36 else [2, 3, 4, 5, 5])
+    assert found[0] == found[1]
+
+def test_records_are_of_scripts_shown_to_be_at_94_percent(monkeypatch):
+    """On a GPU by the test at 5 %, on a CPU, where runs are few, in the mean; else an earlier script's."""
+    def pools(*accs):
+        line = dict(times=[1.0], mark="", device="cpu", cpu="C", cpu_threads=1, torch="0")
+        parts = {MAINS[9]: [0.95, 0.951], MAINS[test_airbench.LAST]: accs}
+        return lambda lines, path, *_: path in parts and dict(line, accs=parts[path], n=len(parts[path]))
+    for accs, gpu, cpu in (((0.9405, 0.9415), 9, test_airbench.LAST), ((0.9399, 0.94), 9, 9),
+                           ((0.94, 0.9402) * 9, test_airbench.LAST, test_airbench.LAST)):
+        monkeypatch.setattr(test_airbench, "pool", pools(*accs))
+        assert [row[1] for row in test_airbench.record_rows()[-2:]] == [
+            f"`{MAINS[number].name}`" for number in (gpu, cpu)]
 
 def test_times_are_compared_within_one_go():
     """Of two lines of a script, that which ended nearest to the other script's counts; ten runs at least."""
