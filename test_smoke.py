@@ -161,10 +161,9 @@ def read_results(ladder):
             for path in paths for line in path.read_text().splitlines()]
 
 def usable(line, path):
-    """Whether a line is a published result of that script: real data, not shortened, compiled as meant,
-    without notes."""
+    """Whether a line is a published result of that script: real data, not shortened, compiled as meant."""
     return (line["script"] == path.name and line.get("data") in DATA_SETS and not line["dry_run"]
-            and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"] and "notes" not in line)
+            and line["hyp"] == hyp(path) and "--no-compile" not in line["argv"])
 
 def machine(line):
     """What must be the same for two times to compare."""

@@ -577,7 +577,7 @@ def trial_rows():
             usual = hyp(HERE / line["script"])
             changed = [f"{key} {value}" for key, value in line["hyp"].items() if value != usual[key]]
             accs, times = ([run[key] for run in line["runs"]] for key in ("acc", "time_seconds"))
-            rows.append([f"`{line['script']}`", ", ".join(changed + line.get("notes", [])),
+            rows.append([f"`{line['script']}`", ", ".join(changed),
                          f"{mean_std(accs, 2, 100)} ({line['n']})", mean_std(times, 3), machine(line)])
     return rows
 
