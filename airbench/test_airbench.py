@@ -40,11 +40,11 @@ def steps_of(module):
         return module.batches(per_epoch)
     return [math.ceil(per_epoch * min(epochs - epoch, 1)) for epoch in range(math.ceil(epochs))]
 
-EPOCHS = [35, 21, 18, 13.5, 13.5, 12, 10.8, 9.9, 9.9, 8, 8] + [10] * 6 + [8.875] * 12 + [10] * 10
+EPOCHS = [35, 21, 18, 13.5, 13.5, 12, 10.8, 9.9, 9.9, 8, 8] + [10] * 6 + [8.875] * 12 + [10] * 11
 STEPS = [1680, 1008, 864, 648, 648, 576, 519, 476, 476, 200, 200] + [250] * 6 + [284] * 12 + [
-    250, 243, 243] + [347] * 7
+    250, 243, 243] + [347] * 8
 NOMINAL = [1.26, 0.76, 0.65, 0.49, 0.47, 0.42, 0.39, 0.36, 0.36, 0.29, 0.29,
-           0.36] + [0.35] * 5 + [0.31, 0.31, 0.31, 0.26] + [0.31] * 8 + [0.28, 0.27, 0.27] + [0.26] * 7
+           0.36] + [0.35] * 5 + [0.31, 0.31, 0.31, 0.26] + [0.31] * 8 + [0.28, 0.27, 0.27] + [0.26] * 8
 EXECUTED = [1223.3, 735.3, 630.9, 474.4, 460.7, 410.4, 380.1, 350.1, 350.1, 290.6, 290.6, 266.6,
             *[258.3] * 5, *[231.0] * 3, 188.6, *[231.0] * 8, 203.1, 196.6, 179.0, *[168.1] * 6, 178.8]
 
@@ -321,16 +321,15 @@ def record_rows():
     return rows
 
 def phases(module):
-    """{(whether the stem trains, pixels of a side or None): share of the steps of a run}"""
-    shares, steps = {}, steps_of(module)
+    """{(whether the stem trains, pixels or None, whether the first group trains): share of the steps}"""
+    shares, steps = collections.Counter(), steps_of(module)
     for epoch, n in enumerate(steps):
-        live, size = epoch < module.HYP["whiten_bias_epochs"], None
-        if "sizes" in module.HYP:
-            live, size = module.flags(epoch)
-        shares[live, size] = shares.get((live, size), 0) + n / sum(steps)
+        kind = (epoch < module.HYP["whiten_bias_epochs"], None)
+        kind = (module.flags(epoch) if "sizes" in module.HYP else kind) + (True,)
+        shares[kind[:3]] += n / sum(steps)
     return shares
 
-def measure_steps(out, batch_size=250, batches=1, rounds=2):
+def measure_steps(out, batch_size=1024, batches=1, rounds=2):
     """Time the steps of main8 and the last script in turns on this CPU, uncompiled, on synthetic images, and
     append JSON lines: of each round the CPU seconds per image, at last the share of each operator in them."""
     train_set = main(0).draw_synthetic(batch_size * batches, seed=0)
@@ -339,14 +338,14 @@ def measure_steps(out, batch_size=250, batches=1, rounds=2):
             module, seconds, operators = main(number), 0, collections.Counter()
             hyp_, model, evaluate = dict(module.HYP), module.make_model(CPU), module.evaluate
             module.evaluate = lambda *_, **__: 0.0  # training alone is timed
-            for (live, size), share in phases(module).items():
-                module.HYP.update(batch_size=batch_size, epochs=1.0, whiten_bias_epochs=int(live))
-                module.HYP.update({"sizes": ((0, size),)} if "sizes" in hyp_ else {})
-                first = (module.Step(model, train_set), train_set) if number > 9 else (model, train_set)
+            for (live, size, first), share in phases(module).items():
+                own = dict(whiten_bias_epochs=int(live), sizes=((0, size),), freeze=int(first), epochs=1.0)
+                module.HYP.update({key: own.get(key, hyp_[key]) for key in hyp_}, batch_size=batch_size)
+                given = (module.Step(model, train_set), train_set) if number > 9 else (model, train_set)
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
                     profiler = round_ == rounds and stack.enter_context(torch.profiler.profile())
                     start = time.process_time()  # of this process, whatever else runs
-                    module.train(*first, {}, run=0, seed=0)
+                    module.train(*given, {}, run=0, seed=0)
                     seconds += share * (time.process_time() - start) / len(train_set["labels"])
                 module.HYP.update(hyp_)
                 for event in profiler.key_averages() if profiler else ():
@@ -520,15 +519,16 @@ def profile(gpu, out, steps=20):
             getattr(owner, part), dynamic=False, options=dict(combo_kernels=True)))
     step.loader.reset(train_set["labels"])
     step.loader.shuffle(len(step.loader))
-    step.optimizer.reset([100 * steps] * 4)
-    step(False, 32)
+    step.optimizer.reset([100 * steps] * len(step.optimizer.param_groups))
+    flags = module.flags(module.HYP["sizes"][-1][0])
+    step(*flags)
     (timer := module.Timer()).lap("before")
     for _ in range(steps):
-        step(False, 32)
+        step(*flags)
     timer.lap("steps")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
-            step(False, 32)
+            step(*flags)
         torch.cuda.synchronize()
     found = {event.key[:150]: event.self_device_time_total / steps for event in profiler.key_averages()}
     line = dict(script=MAINS[max(MAINS)].name, kernel="step", way="replayed", ms=1e3 * timer["steps"] / steps,

@@ -479,6 +479,41 @@ def test_next_epoch_is_drawn_before_an_epoch_is_waited_for(monkeypatch):
         assert drawn == ([1, 2, 3, 4, 5] if number == 36 else [2, 3, 4, 5, 5])
     assert found[0] == found[1]
 
+def test_first_group_is_frozen_early(monkeypatch):
+    """Until then all train as in main38 where the rates are the same; then the first group's weights stay."""
+    found, part = [], dict(images=images(40), labels=torch.arange(40) % 10)
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    for number in (38, 39):
+        module, model = main(number), model_of(main(number))
+        monkeypatch.setitem(module.HYP, "batch_size", 8)
+        monkeypatch.setattr(module, "autocast", lambda device: contextlib.nullcontext())
+        step, states = module.Step(model, part), []
+        torch.manual_seed(1)
+        step.loader.reset(part["labels"])
+        step.loader.shuffle(5)
+        step.optimizer.reset([2] + [9] * (number - 35))
+        model.train()
+        for index in range(5):
+            step(*(index < 2, 20, index < 4)[:number - 36])
+            assert all(p.grad is None for p in model.parameters())
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+        found.append(states)
+    for name, before in found[0][3].items():
+        assert torch.allclose(found[1][3][name], before, atol=1e-6), name
+        stays = name.startswith("groups.0") and name.endswith(("conv1.weight", "conv2.weight", "bias"))
+        assert not stays or not torch.equal(found[0][4][name], before)
+        assert torch.allclose(found[1][4][name], before if stays else found[0][4][name], atol=1e-6), name
+    taken, falls = [], []
+    monkeypatch.setitem(module.HYP, "epochs", 4.5)
+    monkeypatch.setitem(module.HYP, "freeze", 3)
+    step.eager, step.optimizer.reset = lambda *flags: taken.append(flags), falls.extend
+    module.train(step, part, part, run=0, seed=0)
+    assert taken == [(True, 20, True)] * 5 + [(False, 20, True)] * 5 + [(False, 24, True)] * 5 + [
+        (False, 28, False)] * (3 + 2)
+    assert falls == pytest.approx([0.2 * 5, 20, 20, 15, 20])
+    whole, less = (module.count_flops(model, True, False, 32, first) for first in (True, False))
+    assert whole - less == 2 * 9 * 64 * (31 * 31 * 24 + 15 * 15 * 2 * 64 + 15 * 15 * 256)
+
 def test_records_are_of_scripts_shown_to_be_at_94_percent(monkeypatch):
     """On a GPU by the test at 5 %, on a CPU, where runs are few, in the mean; else an earlier script's."""
     def pools(*accs):
