@@ -1,7 +1,7 @@
 """main39_freezeout.py -- CIFAR-10 to 94 % test accuracy.
 
 Adds: the first group of convolutions learns ever less until it is frozen, seven epochs into the run
-Changes: HYP, Muon.advance, Muon.step, make_optimizer, CifarNet.forward, count_flops, flags, Step.eager, train, warm_up
+Changes: HYP Muon make_optimizer CifarNet count_flops flags Step train warm_up
 Result: not measured
 Vs previous: not measured
 Source: FreezeOut (arXiv 1706.04983), with a straight line in place of a cosine, for one group.
