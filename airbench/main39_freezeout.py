@@ -1,6 +1,6 @@
 """main39_freezeout.py -- CIFAR-10 to 94 % test accuracy.
 
-Adds: the first group of convolutions learns ever less until it is frozen, seven epochs into the run
+Adds: the first group of convolutions learns ever less until it is frozen after seven epochs (no gain)
 Changes: HYP Muon make_optimizer CifarNet count_flops flags Step train warm_up
 Result: not measured
 Vs previous: not measured
