@@ -500,6 +500,15 @@ def test_first_group_is_frozen_early(monkeypatch):
         found.append(states)
         if number == 38:
             continue
+        if number == 39:  # the rate of the first group falls by itself
+            rates, own, update = {}, model.groups[0].conv1.weight, step.optimizer.update
+            step.optimizer.update = lambda filters, grads, buffers, lr, momentum: (
+                rates.update({filters[0] is own: float(lr)}), update(filters, grads, buffers, lr, momentum))
+            step.optimizer.reset([2, 9, 9, 1, 9])
+            step(False, 20, True)
+            step(False, 20, True)
+            peak = module.HYP["muon_lr"]
+            assert rates == {True: pytest.approx(0.05 * peak), False: pytest.approx(8 / 9 * peak)}
         monkeypatch.setitem(module.HYP, "epochs", 4.5)
         monkeypatch.setitem(module.HYP, "freeze", 3)
         step.eager, step.optimizer.reset = lambda *flags, taken=taken: taken.append(flags), falls.extend
