@@ -369,18 +369,18 @@ def step_rows():
              "MFU %", "Machine"]]
     found = step_lines("seconds_per_image")
     for number in (8, max((number for number in found if found[number]), default=LAST)):
-        lines, base, module = found[number], found[8], main(number)
-        count = sum(steps_of(module)) * module.HYP["batch_size"]
+        lines, base, hyp = found[number], found[8], main(number).HYP
+        count = sum(steps_of(main(number))) * hyp["batch_size"]
         if not lines:
             rows.append([f"`{MAINS[number].name}`", "not measured", str(count), *["not measured"] * 3])
             continue
-        views = module.HYP["tta_views"] * module.HYP.get("tta_share", 1) + ("tta_share" in module.HYP)
-        flops = pflops(MAINS[number])[1] * 1e15 - 10000 * views * 236.295e6
-        ms = [1000 * line["seconds_per_image"] for line in lines]
-        rates = [flops / count / line["seconds_per_image"] / line["peak_tflops"] / 1e10 for line in lines]
-        ratios = [line["seconds_per_image"] * count / other["seconds_per_image"] / (476 * 1024)
-                  for line, other in zip(lines, base)]
-        rows.append([f"`{MAINS[number].name}`", f"{mean_std(ms, 2)} ({len(ms)})", str(count),
+        views = 10000 * (hyp["tta_views"] * hyp.get("tta_share", 1) + ("tta_share" in hyp))
+        forward = views + hyp.get("stat_steps", 0) * hyp["batch_size"]
+        flops = pflops(MAINS[number])[1] * 1e15 - forward * 236.295e6
+        times = [line["seconds_per_image"] for line in lines]
+        rates = [flops / count / own / line["peak_tflops"] / 1e10 for own, line in zip(times, lines)]
+        ratios = [own * count / other["seconds_per_image"] / (476 * 1024) for own, other in zip(times, base)]
+        rows.append([f"`{MAINS[number].name}`", f"{mean_std(times, 2, 1000)} ({len(times)})", str(count),
                      mean_std(ratios, 2), mean_std(rates, 0), machine(lines[-1])])
     return rows
 

@@ -526,6 +526,49 @@ def test_first_group_is_frozen_early(monkeypatch):
             assert torch.allclose(states[3][name], before, atol=1e-6), name
             assert torch.allclose(states[4][name], before if stays else plain[4][name], atol=1e-6), name
 
+def test_hard_images_give_the_final_statistics(monkeypatch):
+    """The hardest quarter of the images, once each, and nothing but statistics; then comes the evaluation."""
+    part, found, done = dict(images=images(80), labels=torch.arange(80) % 10), {}, []
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    for number in (38, 41):
+        module, model = main(number), model_of(main(number))
+        monkeypatch.setitem(module.HYP, "batch_size", 4)
+        monkeypatch.setitem(module.HYP, "epochs", 1)
+        monkeypatch.setattr(module, "autocast", lambda device: contextlib.nullcontext())
+        found[number] = module.count_pflops(model, 80, 40)
+    share = 5 * 4 * module.count_flops(model, False) / 1e15
+    assert found[41][1] - found[38][1] == pytest.approx(share)
+    assert found[41][0] - found[38][0] == pytest.approx(2 * 119.25e6 * 5 * 4 / 1e15)
+    loader = module.CifarLoader(part["images"])
+    loader.losses.copy_(torch.randperm(80))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    slow, shown = {name: value for name, value in before.items() if "running" in name}, []
+    def follow(name):
+        def hook(norm, args):
+            moments = args[0].mean((0, 2, 3)), args[0].var((0, 2, 3))
+            for key, value in zip(("running_mean", "running_var"), moments):
+                slow[f"{name}.{key}"] = 0.5566 * slow[f"{name}.{key}"] + 0.4434 * value
+        return hook
+    hooks = [layer.register_forward_pre_hook(follow(name)) for name, layer in model.named_modules()
+             if isinstance(layer, module.BatchNorm)]
+    hooks.append(model.register_forward_pre_hook(lambda _, args: shown.append((args[0].shape, loader.shown))))
+    module.recalibrate(model.eval(), loader)
+    assert [shape for shape, _ in shown] == [(4, 3, 32, 32)] * 5 and len(slow) == 12
+    hardest = loader.losses.topk(20).indices.sort().values
+    assert torch.equal(torch.cat([each for _, each in shown]).sort().values, hardest)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, slow[name], atol=1e-5) if name in slow else (
+            "batches" in name or torch.equal(value, before[name])), name
+        assert name not in slow or not torch.allclose(value, before[name], atol=1e-3), name
+    for hook in hooks:
+        hook.remove()
+    def note(name, call):
+        return lambda *args, **kwargs: (done.append((name, kwargs.get("views"))), call(*args, **kwargs))[1]
+    for name in ("recalibrate", "evaluate"):
+        monkeypatch.setattr(module, name, note(name, getattr(module, name)))
+    module.train(module.Step(model, part), part, part, run=0, seed=0)
+    assert done == [("evaluate", 1), ("recalibrate", None), ("evaluate", 6)]
+
 def test_records_are_of_scripts_shown_to_be_at_94_percent(monkeypatch):
     """On a GPU by the test at 5 %, on a CPU, where runs are few, in the mean; else an earlier script's."""
     def pools(*accs):
