@@ -38,7 +38,7 @@ LINES = {  # of a script, 500 elsewhere
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1470, "hnet_cl": 1310, "hypernet": 780}  # checkpoints, folders, splits, four networks, pairs
 AFTER = {"main21_update.py": "main18_tail.py",  # the step that one goes on from, where that is not the last
-         "main40_freeze.py": "main38_sizes.py", "main41_recalibrate.py": "main38_sizes.py"}
+         **{f"main{name}.py": "main38_sizes.py" for name in ("40_freeze", "41_recalibrate", "42_margin")}}
 SHARED = ["fail", "argument_parser", "print_columns", "print_training_details", "environment", "t_sf",
           "statistics", "append_line", "finish"]  # the same in every script that has it
 

@@ -1,10 +1,10 @@
 """main41_recalibrate.py -- CIFAR-10 to 94 % test accuracy.
 
-Adds: batches of the hardest quarter of the images give the statistics of the norms before the evaluation
+Adds: batches of the hardest quarter of the images give the norms their statistics at the end (no gain)
 Changes: HYP recalibrate train count_pflops
 Result: not measured
 Vs previous: not measured
-Source: precise statistics (arXiv 2105.07576), but of hard images; that these serve better is our finding.
+Source: precise BatchNorm (Wu and Johnson, arXiv 2105.07576), but of hard images.
 Run: python airbench/main41_recalibrate.py --runs 200
 """
 CODE = open(__file__, encoding="utf-8").read()

@@ -158,15 +158,22 @@ def test_resized_batches_equal_slow_ones(size, monkeypatch):
     slow = halfway(halfway(whole).transpose(2, 3)).transpose(2, 3)
     assert torch.allclose(small, slow, atol=1e-5) and small.is_contiguous(memory_format=torch.channels_last)
 
-def test_only_uncertain_images_are_seen_again(monkeypatch):
-    module, pixels = main(12), images(40)
+@pytest.mark.parametrize("number", [12, 42])
+def test_only_uncertain_images_are_seen_again(number, monkeypatch):
+    """Those of the lowest probability of the top class, or of the smallest lead of it over the next."""
+    module, pixels = main(number), images(40)
     monkeypatch.setitem(module.HYP, "eval_batch_size", 7)
     monkeypatch.setattr(module, "autocast", contextlib.nullcontext)  # bf16 would move images over the bound
     model, inputs = model_of(module).eval(), module.normalize(pixels)
     with torch.no_grad():
         model.head.weight *= 30  # or else all are as uncertain as each other
         plain, six = (module.infer(model, inputs, views) for views in (1, 6))
-        top = plain.softmax(1).amax(1)
+        if number == 12:
+            top = plain.softmax(1).amax(1)
+        else:
+            ordered = plain.sort(1).values
+            top = ordered[:, -1] - ordered[:, -2]
+            assert set(top.argsort()[:10].tolist()) != set(plain.softmax(1).amax(1).argsort()[:10].tolist())
         bound = top.sort().values[9]
         slow = [(six if top[i] <= bound else plain)[i].argmax().item() for i in range(40)]
     wrong = torch.tensor(slow) + torch.arange(40) % 2  # so that the accuracy is a half with these alone
