@@ -1,8 +1,8 @@
 """main42_margin.py -- CIFAR-10 to 94 % test accuracy.
 
-Adds: test images are uncertain whose two largest logits are close; 15 % in six views are enough
-Changes: HYP evaluate
-Result: not measured
+Adds: test images are uncertain whose two largest logits are close; 1500 in six views are enough
+Changes: HYP count_pflops evaluate
+Result: 94.07 % (n=1), 10.2 min, AMD EPYC, 2 threads, bf16, torch 2.11.0
 Vs previous: not measured
 Source: margin sampling of active learning (Scheffer, Decomain and Wrobel 2001).
 Run: python airbench/main42_margin.py --runs 200
@@ -72,7 +72,7 @@ HYP = dict(
     bn_keep=0.5566,         # share of the running statistics that a step keeps
     logit_scale=1 / 256,
     tta_views=6,            # of a test image that one view leaves uncertain
-    tta_share=0.15,         # of the test images are such
+    tta_images=1500,        # of the test set are such; a fixed number, so that the warm-up compiles for it
     eval_batch_size=2000,
     target=0.94,            # what p_value is about without --target
     nominal_macs=119.25e6,  # per forward image, in the counting of the published PFLOPs
@@ -686,7 +686,7 @@ def count_flops(model, backward, train_stem=True, size=32):
 
 def count_pflops(model, n_train, n_test):
     """PFLOPs of a run: (nominal, counted as in the published table; executed by convolutions and matmuls)."""
-    per_epoch, views = n_train // HYP["batch_size"], n_test * (1 + HYP["tta_share"] * HYP["tta_views"])
+    per_epoch, views = n_train // HYP["batch_size"], n_test + HYP["tta_images"] * HYP["tta_views"]
     executed, steps = count_flops(model, False) * views, batches(per_epoch)
     epochs = sum(steps) / per_epoch  # of all images
     frozen = max(epochs - HYP["whiten_bias_epochs"], 0) * HYP["nominal_frozen"]
@@ -786,7 +786,7 @@ def evaluate(model, images, labels, views):
         logits = logits_of(images, 1)
         if views > 1:
             first, second = logits.float().topk(2).values.unbind(1)
-            unsure = (first - second).argsort()[:round(HYP["tta_share"] * len(images))]
+            unsure = (first - second).argsort()[:HYP["tta_images"]]
             logits[unsure] = logits_of(images[unsure], views)
     return (logits.argmax(1) == labels).double().mean().item()
 #############################################

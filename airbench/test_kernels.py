@@ -177,6 +177,17 @@ def test_stem_kernel_equals_its_plain_form(size, monkeypatch):
     F.gelu(x).sum().backward()
     assert torch.allclose(bias.grad, x.grad.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize("size", [20, 23])
+def test_stem_kernel_fills_what_it_is_given(size, monkeypatch):
+    module = main(44)
+    model, inputs = model_of(module), module.normalize(images(3))[:, :, :size, :size]
+    out = torch.full((3, 24, size - 1, size - 1), torch.nan).to(memory_format=torch.channels_last)
+    slow = F.gelu(model.stem(inputs))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with torch.no_grad():
+        assert module.stem(inputs, model.stem.weight, model.stem.bias, out) is out
+    assert torch.allclose(out, slow, atol=1e-5) and out.is_contiguous(memory_format=torch.channels_last)
+
 @pytest.mark.parametrize("side, n, number", [(31, 3, 26), (27, 3, 26), (23, 3, 26), (19, 3, 26),
                                              (8, 130, 26),  # in two programs
                                              (19, 70, 35)])  # in 45 of two steps, or one

@@ -158,32 +158,6 @@ def test_resized_batches_equal_slow_ones(size, monkeypatch):
     slow = halfway(halfway(whole).transpose(2, 3)).transpose(2, 3)
     assert torch.allclose(small, slow, atol=1e-5) and small.is_contiguous(memory_format=torch.channels_last)
 
-@pytest.mark.parametrize("number", [12, 42])
-def test_only_uncertain_images_are_seen_again(number, monkeypatch):
-    """Those of the lowest probability of the top class, or of the smallest lead of it over the next."""
-    module, pixels = main(number), images(40)
-    monkeypatch.setitem(module.HYP, "eval_batch_size", 7)
-    monkeypatch.setattr(module, "autocast", contextlib.nullcontext)  # bf16 would move images over the bound
-    model, inputs = model_of(module).eval(), module.normalize(pixels)
-    with torch.no_grad():
-        model.head.weight *= 30  # or else all are as uncertain as each other
-        plain, six = (module.infer(model, inputs, views) for views in (1, 6))
-        if number == 12:
-            top = plain.softmax(1).amax(1)
-        else:
-            ordered = plain.sort(1).values
-            top = ordered[:, -1] - ordered[:, -2]
-            assert set(top.argsort()[:10].tolist()) != set(plain.softmax(1).amax(1).argsort()[:10].tolist())
-        bound = top.sort().values[9]
-        slow = [(six if top[i] <= bound else plain)[i].argmax().item() for i in range(40)]
-    wrong = torch.tensor(slow) + torch.arange(40) % 2  # so that the accuracy is a half with these alone
-    for share, labels, acc in ((0.25, torch.tensor(slow), 1.0), (0.25, wrong % 10, 0.5),
-                               (1.0, six.argmax(1), 1.0), (0.0, plain.argmax(1), 1.0)):
-        monkeypatch.setitem(module.HYP, "tta_share", share)
-        assert module.evaluate(model, pixels, labels, 6) == acc
-    assert module.evaluate(model, pixels, plain.argmax(1), 1) == 1
-    assert (six.argmax(1) != plain.argmax(1)).any()
-
 def moves_of(n_images, n, seed=0):
     """Indices of n images with their crops, the most extreme ones among them."""
     torch.manual_seed(seed)
@@ -575,6 +549,32 @@ def test_hard_images_give_the_final_statistics(monkeypatch):
         monkeypatch.setattr(module, name, note(name, getattr(module, name)))
     module.train(module.Step(model, part), part, part, run=0, seed=0)
     assert done == [("evaluate", 1), ("recalibrate", None), ("evaluate", 6)]
+
+def test_next_batch_is_ready_before_the_last_updates(monkeypatch):
+    """And passes the stem there once that is frozen; with the losses and accuracy of main43."""
+    found, part = [], main(0).draw_synthetic(80, 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    for number in (43, 44):
+        module, done, seen = main(number), [], []
+        monkeypatch.setitem(module.HYP, "batch_size", 8)
+        monkeypatch.setitem(module.HYP, "epochs", 4.5)
+        step = module.Step(model_of(module), part)
+        note = lambda what, call: lambda self, *rest: (done.append((what, *rest)), call(self, *rest))[1]
+        monkeypatch.setattr(module.CifarLoader, "next", note("next", module.CifarLoader.next))
+        monkeypatch.setattr(module.Muon, "step", note("update", module.Muon.step))
+        step.model.register_forward_pre_hook(
+            lambda model, args: seen.append((args[1], *args[0].shape[1:3])) if model.training else None)
+        with contextlib.redirect_stdout(None):
+            result = module.train(step, part, part, run=0, seed=7)
+        found.append((result["acc"], result["epochs"]))
+        steps, sizes = (10, 10, 10, 6, 3), (20, 20, 24, 28, 28)
+        if number == 43:
+            continue
+        assert seen == sum(([(not i, 24 - 21 * (not i), size - (i > 0))] * n
+                            for i, (n, size) in enumerate(zip(steps, sizes))), [])
+        assert done == sum(([("next", size), *[("next", size), ("update",)] * n]
+                            for n, size in zip(steps, sizes)), [])
+    assert found[0] == found[1]
 
 def test_records_are_of_scripts_shown_to_be_at_94_percent(monkeypatch):
     """On a GPU by the test at 5 %, on a CPU, where runs are few, in the mean; else an earlier script's."""
