@@ -312,7 +312,8 @@ def record_rows():
         for device in ("cuda", "cpu"):
             steps = [i for i in range(LAST, 8, -1) if last and "no gain" not in docstring(MAINS[i])["Adds"]]
             seen = [i for i in steps if (part := pool(lines, MAINS[i], device)) and (
-                sum(part["accs"]) >= 0.94 * part["n"] if device == "cpu" else  # where runs are few
+                part["n"] > 2 and min(part["accs"]) >= 0.936 and sum(part["accs"]) >= 0.94 * part["n"]
+                if device == "cpu" else  # where runs are few
                 (main(0).statistics(part["accs"], 0.94)[3] or 1) < 0.05)]
             path, seconds, accuracy, name = MAINS[[*seen, 8][0]], *["not measured"] * 2, device
             if found := pool(lines, path, device):
