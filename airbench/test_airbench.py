@@ -314,7 +314,7 @@ def record_rows():
             seen = [i for i in steps if (part := pool(lines, MAINS[i], device)) and (
                 part["n"] > 2 and min(part["accs"]) >= 0.936 and sum(part["accs"]) >= 0.94 * part["n"]
                 if device == "cpu" else  # where runs are few
-                (main(0).statistics(part["accs"], 0.94)[3] or 1) < 0.05)]
+                (main(0).statistics(part["accs"], 0.94)[3] or 1) < 0.01)]
             path, seconds, accuracy, name = MAINS[[*seen, 8][0]], *["not measured"] * 2, device
             if found := pool(lines, path, device):
                 seconds, name = mean_std(found["times"], 3 if device == "cuda" else 0), machine(found)
