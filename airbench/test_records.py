@@ -578,12 +578,12 @@ def test_next_batch_is_ready_before_the_last_updates(monkeypatch):
     assert found[0] == found[1]
 
 def test_records_are_of_scripts_shown_to_be_at_94_percent(monkeypatch):
-    """On a GPU by the test at 5 %, on a CPU by the mean of three or more, none below 93.6 %; or before it."""
+    """On a GPU by the test at 1 %, on a CPU by the mean of three or more, none below 93.6 %; or before it."""
     def pools(*accs):
         line = dict(times=[1.0], mark="", device="cpu", cpu="C", cpu_threads=1, torch="0")
         parts = {MAINS[9]: [0.95, 0.951, 0.951], MAINS[test_airbench.LAST]: accs}
         return lambda lines, path, *_: path in parts and dict(line, accs=parts[path], n=len(parts[path]))
-    for accs, gpu, cpu in (((0.9405, 0.9415, 0.939), 9, test_airbench.LAST), ((0.9405, 0.9415), 9, 9),
+    for accs, gpu, cpu in (((0.941, 0.9415, 0.942), 9, test_airbench.LAST), ((0.9405, 0.9415), 9, 9),
                            ((0.9399, 0.94, 0.94), 9, 9), ((0.9359, 0.944, 0.944), 9, 9),
                            ((0.94, 0.9402) * 9, test_airbench.LAST, test_airbench.LAST)):
         monkeypatch.setattr(test_airbench, "pool", pools(*accs))
