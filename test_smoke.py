@@ -8,8 +8,8 @@
 A ladder is a folder in LADDERS with mainN_name.py files; whatever else it holds is compared with its main0.
 The checks of its ideas, the TABLES of its README, FILES made from results: all in its test_LADDER.py.
 """
-import ast, concurrent.futures, functools, hashlib, importlib.util, itertools, json, os, pathlib, pickle, re
-import resource, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
+import ast, bisect, concurrent.futures, functools, hashlib, importlib.util, itertools, json, os, pathlib
+import pickle, re, resource, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
 
 import pytest
 
@@ -33,7 +33,7 @@ BUDGETS = {  # changed lines; 60 elsewhere: kernels, optimizers, hypernetworks, 
     "hnet_cl/main13_graph.py": 105, "hnet_cl/main14_seeds.py": 175}
 LINES = {  # of a script, 500 elsewhere
     "airbench": 600,  # from main9 on: an optimizer, a CUDA graph, and then one Triton kernel after the other
-    **{f"airbench/{path.name}": 995 for path in (ROOT / "airbench").glob("main[2-9]?_*.py")},  # 20 on: below
+    **{f"airbench/{p.name}": 995 + 45 * (p.name > "main45") for p in ROOT.glob("airbench/main[2-9]?_*.py")},
     **{f"airbench/main{i}.py": 720 for i in "15_fuse 16_silu 17_tune 18_tail 19_jitter 20_even".split()},
     **{f"airbench/main{i}.py": 760 for i in "21_update 22_stem 23_blocks 24_rest 25_search".split()},
     "vitfreeze": 1470, "hnet_cl": 1310, "hypernet": 780}  # checkpoints, folders, splits, four networks, pairs
@@ -203,11 +203,11 @@ def welch(new, old, scale=1.0):
     a, b = ([run["time_seconds"] * scale for run in line["runs"]] for line in pair)
     if min(len(a), len(b)) < 10:
         return "not measured"
-    (mean_a, std_a, *_), (mean_b, std_b, *_) = (load(ALL[0][1]).statistics(values, 0) for values in (a, b))
-    error_a, error_b = std_a ** 2 / len(a), std_b ** 2 / len(b)
+    error_a, error_b = (statistics.variance(values) / len(values) for values in (a, b))
     df = (error_a + error_b) ** 2 / (error_a ** 2 / (len(a) - 1) + error_b ** 2 / (len(b) - 1))
-    quantile = next(t / 1000 for t in range(1900, 13000) if load(ALL[0][1]).t_sf(t / 1000, df) <= 0.025)
-    delta, half = mean_a - mean_b, quantile * (error_a + error_b) ** 0.5
+    below = lambda t: load(ALL[0][1]).t_sf(t / 1000, df) <= 0.025
+    quantile = (1900 + bisect.bisect_left(range(1900, 13000), True, key=below)) / 1000
+    delta, half = statistics.fmean(a) - statistics.fmean(b), quantile * (error_a + error_b) ** 0.5
     return f"{delta:+.3f} [{delta - half:+.3f}, {delta + half:+.3f}]"
 
 def markdown(rows):

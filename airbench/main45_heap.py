@@ -1,7 +1,7 @@
 """main45_heap.py -- CIFAR-10 to 94 % test accuracy.
 
 Adds: on a CPU, freed memory is kept for the next allocation, not handed back to the system
-Changes: main
+Changes: keep_memory main
 Result: not measured
 Vs previous: not measured
 Source: mallopt(3) of glibc; others preload an allocator that keeps memory, as jemalloc.

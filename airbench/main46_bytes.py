@@ -1,7 +1,7 @@
 """main46_bytes.py -- CIFAR-10 to 94 % test accuracy.
 
 Adds: on a CPU, maps, filters and gradients of maps are rounded to bytes before they are convolved
-Changes: Conv
+Changes: byte_conv byte_conv_like scaled_conv ByteConv Conv
 Result: not measured
 Vs previous: not measured
 Source: SwitchBack (arXiv 2304.13013), which leaves gradients of weights in 16 bits, as here.

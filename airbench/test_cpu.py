@@ -13,7 +13,11 @@ import importlib.util, resource, sys, torch
 spec = importlib.util.spec_from_file_location("script", sys.argv.pop(1))
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-script.main(script.argument_parser().parse_args())
+script.load_data = lambda folder: sys.exit()  # memory is kept before
+try:
+    script.main(script.argument_parser().parse_args())
+except SystemExit:
+    pass
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2 ** 24)
 before = count()
@@ -26,8 +30,8 @@ print("faults", count() - before)
 def test_memory_is_kept(number, tmp_path):
     """Pages that are written anew after they were freed are as good as never asked for again."""
     run = subprocess.run(
-        [sys.executable, "-c", FAULTS, MAINS[number], "--device", "cpu", "--data", "synthetic", "--dry-run",
-         "--no-compile", "--out", tmp_path / "line.jsonl"], capture_output=True, text=True, timeout=300)
+        [sys.executable, "-c", FAULTS, MAINS[number], "--device", "cpu", "--out", tmp_path / "line.jsonl"],
+        capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     faults = int(run.stdout.split("faults ")[1])
     assert faults < 300 if number == 45 else faults > 1000
@@ -52,7 +56,8 @@ def test_convolution_of_bytes(shape, channels):
     slow = F.conv2d(rounded(inputs.float(), (1, 2, 3)), rounded(filters, (1, 2, 3)), padding=1)
     assert outputs.dtype == torch.bfloat16
     assert outputs.is_contiguous(memory_format=torch.channels_last) and shape[2] > 1 or shape[2] == 1
-    assert torch.allclose(outputs.float(), slow, rtol=2 ** -7, atol=1e-3 * slow.abs().amax((1, 2, 3)).min().item())
+    atol = 1e-3 * slow.abs().amax((1, 2, 3)).min().item()
+    assert torch.allclose(outputs.float(), slow, rtol=2 ** -7, atol=atol)
     grad = maps_like(*outputs.shape, seed=1)
     outputs.backward(grad)
     exact = [part.detach().float().requires_grad_() for part in (inputs, filters)]
@@ -88,4 +93,5 @@ def test_convolution_of_bytes_compiled():
         found.append((outputs, *torch.autograd.grad(outputs, (inputs, filters), grad)))
     for eager, compiled in zip(*found):
         assert eager.dtype == compiled.dtype
-        assert torch.allclose(eager.float(), compiled.float(), rtol=0.02, atol=0.02 * eager.abs().max().item())
+        atol = 0.02 * eager.abs().max().item()
+        assert torch.allclose(eager.float(), compiled.float(), rtol=0.02, atol=atol)
