@@ -363,15 +363,17 @@ def step_lines(kind):
     """{number of the script: its lines of results/steps.jsonl with that figure, of the last machine}"""
     lines = [line for line in read_results("airbench") if line["file"] == "steps.jsonl" and kind in line]
     lines = [line for line in lines if machine(line) == machine(lines[-1])]
-    return {number: [line for line in lines if line["script"] == path.name] for number, path in MAINS.items()}
+    for last, line in zip(lines[:1] + lines, lines):  # main8's is followed by the one that it took turns with
+        line["base"] = (line if line["script"] == MAINS[8].name else last)[kind]
+    found = {number: [line for line in lines if line["script"] == MAINS[number].name] for number in MAINS}
+    return {number: lines for number, lines in found.items() if lines or number == 8}
 
 def step_rows():
-    """CPU time of a training step per image, of main8 and the last script, and the ratio of whole runs."""
+    """CPU time of a training step per image, of main8 and later scripts, and the ratio of whole runs."""
     rows = [["Script", "CPU ms per image (rounds)", "Images of a run", "Share of main8's time, by round",
              "MFU %", "Machine"]]
-    found = step_lines("seconds_per_image")
-    for number in (8, max((number for number in found if found[number]), default=LAST)):
-        lines, base, module = found[number], found[8], main(number)
+    for number, lines in step_lines("seconds_per_image").items():
+        module = main(number)
         count = sum(steps_of(module)) * module.HYP["batch_size"]
         if not lines:
             rows.append([f"`{MAINS[number].name}`", "not measured", str(count), *["not measured"] * 3])
@@ -379,22 +381,20 @@ def step_rows():
         flops = module.count_pflops(module.make_model(CPU), 50000, 0)[1] * 1e15
         times = [line["seconds_per_image"] for line in lines]
         rates = [flops / count / own / line["peak_tflops"] / 1e10 for own, line in zip(times, lines)]
-        ratios = [own * count / other["seconds_per_image"] / (476 * 1024) for own, other in zip(times, base)]
+        ratios = [own * count / line["base"] / 487424 for own, line in zip(times, lines)]
         rows.append([f"`{MAINS[number].name}`", f"{mean_std(times, 2, 1000)} ({len(times)})", str(count),
                      mean_std(ratios, 2), mean_std(rates, 0), machine(lines[-1])])
     return rows
 
 def operator_rows():
-    """The operators that take most of a training step on a CPU, main8 beside the last script."""
-    lines_of = step_lines("operators")
-    last = max((number for number in lines_of if lines_of[number]), default=LAST)
-    found = [lines_of[number][-1:] for number in (8, last)]
-    shares = [{name: value / sum(line["operators"].values()) for name, value in line["operators"].items()}
-              for lines in found for line in lines]
+    """The operators that take most of a training step on a CPU, main8 beside later scripts."""
+    found = {number: lines[-1]["operators"] for number, lines in step_lines("operators").items() if lines}
+    shares = [{name: value / sum(operators.values()) for name, value in operators.items()}
+              for operators in found.values()]
     if len(shares) < 2:
         return [["Operator", "Share %"], ["not measured", "not measured"]]
-    names = sorted(shares[1], key=shares[1].get, reverse=True)[:10]
-    return [["Operator", "main8 %", f"main{last} %"]] + [
+    names = sorted(shares[-1], key=shares[-1].get, reverse=True)[:10]
+    return [["Operator", *(f"main{number} %" for number in found)]] + [
         [f"`{name}`", *(f"{100 * share.get(name, 0):.1f}" for share in shares)] for name in names]
 
 def whole_rows():
