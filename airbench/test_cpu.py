@@ -1,8 +1,11 @@
-"""Checks of what main45 and main46 do on a CPU alone: memory that is kept, and convolutions of bytes."""
+"""Checks of what main45 and main46 do on a CPU alone: memory that is kept, and convolutions of bytes; and of
+the table of steps there."""
 import subprocess
 import sys
 
+import test_airbench
 from test_airbench import MAINS, main, model_of
+from test_smoke import read_results
 
 import pytest
 import torch
@@ -92,3 +95,24 @@ def test_convolution_of_bytes_compiled():
         assert eager.dtype == compiled.dtype
         atol = 0.02 * eager.abs().max().item()
         assert torch.allclose(eager.float(), compiled.float(), rtol=0.02, atol=atol)
+
+def test_values_that_are_not_finite_stay_so():
+    """Or else a run whose loss is lost would go on."""
+    module = main(46)
+    for value in (float("nan"), float("inf")):
+        for place in (0, 1):
+            parts = [maps_like(2, 64, 3, 3), torch.randn(64, 64, 3, 3)]
+            parts[place][0, 0, 0, 0] = value
+            outputs = module.scaled_conv(*parts)
+            assert not outputs[0].isfinite().all()
+
+def test_steps_are_compared_with_those_of_main8_in_their_turn(monkeypatch):
+    """Whichever scripts took turns with it, in however many goes."""
+    line = next(line for line in read_results("airbench") if "seconds_per_image" in line)
+    lines = [dict(line, script=MAINS[number].name, seconds_per_image=seconds, peak_tflops=1.0)
+             for number, seconds in ((8, 2.0), (38, 1.0), (8, 4.0), (46, 1.0), (8, 8.0), (46, 2.0))]
+    monkeypatch.setattr(test_airbench, "read_results", lambda _: lines)
+    _, *rows = test_airbench.step_rows()
+    share = 347 * 1024 / 487424
+    assert [row[0] for row in rows] == [f"`{MAINS[number].name}`" for number in (8, 38, 46)]
+    assert [row[3] for row in rows] == ["1.00", f"{share / 2:.2f}", f"{share / 4:.2f}"]
