@@ -85,7 +85,7 @@ def test_bytes_are_for_training_in_bf16_alone(monkeypatch):
 
 def test_convolution_of_bytes_compiled(monkeypatch):
     """The compiler joins the rounding to what is before it and leaves the convolution alone."""
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)  # they don't know byte_conv_like()
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)  # they miss byte_conv_like()
     module, inputs = main(46), maps_like(2, 64, 9, 9).requires_grad_()
     filters, grad = torch.randn(64, 64, 3, 3, requires_grad=True), maps_like(2, 64, 9, 9, seed=1)
     found = []
