@@ -22,8 +22,8 @@ try:
 except SystemExit:
     pass
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-counts = [torch.ones(2 ** 24) is None or count() for _ in range(13)]  # 64 MiB; glibc gives back over 32
-print("faults", counts[-1] - counts[2])  # once there is a place for it
+counts = [torch.ones(2 ** 24) is None or count() for _ in range(50)]  # 64 MiB; glibc gives back over 32
+print("faults", counts[-1] - counts[39])  # the heap may grow for some of the first
 """
 
 @pytest.mark.parametrize("number", [44, 45])
@@ -34,7 +34,7 @@ def test_memory_is_kept(number, tmp_path):
         capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     faults = int(run.stdout.split("faults ")[1])
-    assert faults < 300 if number == 45 else faults > 1000
+    assert faults < 16384 if number == 45 else faults > 10 * 16384 - 100  # pages of one, or of all ten
 
 def maps_like(*shape, seed=0):
     """Like those after a norm and SiLU, in bf16 and channels_last; each image has a scale of its own."""
